@@ -1,0 +1,253 @@
+"""Networks of other libraries as a `Model`: `from_nnx`, `from_linen`.
+
+Both return the same kind of `Model`: plain nested dicts of arrays in, no hidden
+state. A module may return logits alone, or an `Output` with its own taps; the
+outputs of its submodules can be tapped by their path (`"blocks/0"`) either way.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import Array
+
+from kdjax import errors
+from kdjax.types import Batch, Model, Output, Params, Stats
+
+Inputs = Callable[[Batch], Array]
+
+
+def _image(batch: Batch) -> Array:
+  return batch["image"]
+
+
+def from_nnx(
+  make: Callable[[nnx.Rngs], nnx.Module] | nnx.Module,
+  *,
+  inputs: Inputs = _image,
+  stats: tuple[type[nnx.Variable], ...] = (nnx.BatchStat,),
+) -> Model:
+  """A `Model` from an NNX module, split once; its steps run under `jax.jit`.
+
+  Args:
+    make: `rngs -> module`, or a module, whose values `init` then returns
+      whatever the key.
+    inputs: picks the module's argument out of the batch.
+    stats: the kinds of variable that training changes without a gradient.
+
+  Raises:
+    UserError: names the variables that are neither parameters, nor `stats`, nor
+      random-number state: the step would lose them.
+  """
+  if isinstance(make, nnx.Module):
+    module = make
+    abstract = nnx.eval_shape(lambda: module)
+    make = lambda rngs: module  # noqa: E731
+  else:
+    factory = make
+    abstract = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+  kinds = (nnx.Param, nnx.Any(*stats), nnx.RngState)
+  graphdef, *groups, rest = nnx.split(abstract, *kinds, ...)
+  left = [_path(p) for p, _ in nnx.to_flat_state(rest)]
+  if left:
+    kept = ", ".join(k.__name__ for k in (nnx.Param, *stats))
+    raise errors.UserError(
+      f"the module also holds {', '.join(left)}; a step carries only {kept}: "
+      "name their types in `stats`, or remove them"
+    )
+  flat_params, flat_stats, flat_random = (
+    list(nnx.to_flat_state(g)) for g in groups
+  )
+
+  def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
+    params, others, _, _ = nnx.split(make(nnx.Rngs(key)), *kinds, ...)[1:]
+    return _to_dict(params), _to_dict(others)
+
+  def apply(
+    params: Params,
+    stats: Stats,
+    batch: Batch,
+    *,
+    train: bool,
+    key: Array | None = None,
+    taps: tuple[str, ...] = (),
+  ) -> tuple[Output, Stats]:
+    module = nnx.merge(
+      graphdef,
+      _from_dict(flat_params, params),
+      _from_dict(flat_stats, stats),
+      _seeded(flat_random, key),
+    )
+    mode = {"deterministic": not train, "use_running_average": not train}
+    module = nnx.view(module, **mode, raise_if_not_found=False)
+    if taps:
+      returned, inner = nnx.capture(
+        module, nnx.Intermediate, method_outputs=nnx.Intermediate
+      )(inputs(batch))
+    else:
+      returned, inner = module(inputs(batch)), None
+    output = _output(returned, _nnx_taps(inner) if inner else {}, taps)
+    if not train:
+      return output, stats
+    return output, _to_dict(nnx.split(module, *kinds, ...)[2])
+
+  return Model(init, apply)
+
+
+def from_linen(
+  module: nn.Module,
+  *,
+  inputs: Inputs = _image,
+  stats: tuple[str, ...] = ("batch_stats",),
+) -> Model:
+  """A `Model` from a Linen module.
+
+  The module learns of training by the argument that its `__call__` has for it:
+  `train`, `training`, or `deterministic` and `use_running_average` (inverted).
+
+  Args:
+    module: the module.
+    inputs: picks its argument out of the batch.
+    stats: the collections that training changes without a gradient.
+
+  Raises:
+    UserError: from `init`, naming collections beside "params" and `stats`.
+  """
+  parameters = inspect.signature(module.__call__).parameters
+
+  def mode(train: bool) -> dict[str, bool]:
+    told = {
+      "train": train,
+      "training": train,
+      "deterministic": not train,
+      "use_running_average": not train,
+    }
+    return {name: told[name] for name in told if name in parameters}
+
+  def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
+    variables = dict(nn.unbox(module.init(key, inputs(batch), **mode(False))))
+    params = variables.pop("params", {})
+    variables.pop("intermediates", None)
+    left = sorted(set(variables) - set(stats))
+    if left:
+      raise errors.UserError(
+        f"the module also holds the collections {', '.join(left)}; a step "
+        f"carries only params, {', '.join(stats)}: name them in `stats`, or "
+        "remove them"
+      )
+    return params, variables
+
+  def apply(
+    params: Params,
+    stats: Stats,
+    batch: Batch,
+    *,
+    train: bool,
+    key: Array | None = None,
+    taps: tuple[str, ...] = (),
+  ) -> tuple[Output, Stats]:
+    mutable = (["intermediates"] if taps else []) + (
+      list(stats) if train else []
+    )
+    returned, changed = module.apply(
+      {"params": params, **stats},
+      inputs(batch),
+      **mode(train),
+      rngs={} if key is None else {"dropout": key},
+      mutable=mutable,
+      capture_intermediates=bool(taps),
+    )
+    inner = _linen_taps(changed.get("intermediates", {})) if taps else {}
+    changed = {k: v for k, v in changed.items() if k != "intermediates"}
+    return _output(returned, inner, taps), {**stats, **changed}
+
+  return Model(init, apply)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """`tree` with its floating arrays in `dtype`: halves a bfloat16 teacher."""
+
+  def one(x: Any) -> Any:
+    floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jnp.asarray(x, dtype) if floating else x
+
+  return jax.tree.map(one, tree)
+
+
+def _output(
+  returned: Any, inner: Mapping[str, Array], taps: tuple[str, ...]
+) -> Output:
+  own = returned if isinstance(returned, Output) else Output(returned)
+  there = {**inner, **own.taps}
+  for name in taps:
+    if name not in there:
+      raise errors.unknown("tap", name, there)
+  return Output(own.logits, {name: there[name] for name in taps})
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+  return "/".join(str(k) for k in keys)
+
+
+def _to_dict(state: Any) -> dict[str, Any]:
+  """Nested dicts with string keys: a list's integers do not survive files."""
+  tree: dict[str, Any] = {}
+  for path, variable in nnx.to_flat_state(state):
+    *parents, name = map(str, path)
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = variable.get_value()
+  return tree
+
+
+def _from_dict(flat: list[tuple[Any, Any]], tree: Any) -> Any:
+  def value(path: tuple[Any, ...]) -> Any:
+    node = tree
+    for name in path:
+      node = node[str(name)]
+    return node
+
+  return nnx.from_flat_state([(p, v.replace(value(p))) for p, v in flat])
+
+
+def _seeded(flat: list[tuple[Any, Any]], key: Array | None) -> Any:
+  """The streams of a module's Rngs: their n-th key is `fold_in(key, n)`."""
+  key = jax.random.key(0) if key is None else key
+  values = []
+  for n, (path, variable) in enumerate(flat):
+    shape = variable.get_value().shape
+    if isinstance(variable, nnx.RngKey):
+      stream = jax.random.fold_in(key, n)
+      value = stream if shape == () else jax.random.split(stream, shape)
+    else:
+      value = jnp.zeros(shape, jnp.uint32)
+    values.append((path, variable.replace(value)))
+  return nnx.from_flat_state(values)
+
+
+def _nnx_taps(inner: Any) -> dict[str, Array]:
+  taps = {}
+  for path, variable in nnx.to_flat_state(inner):
+    value = variable.get_value()
+    value = value[0] if isinstance(value, tuple) else value
+    *parents, name = map(str, path)
+    named = parents if name == "__call__" else [*parents, name]
+    if named and isinstance(value, jax.Array):
+      taps["/".join(named)] = value
+  return taps
+
+
+def _linen_taps(inner: Mapping[str, Any]) -> dict[str, Array]:
+  taps = {}
+  for path, value in jax.tree_util.tree_flatten_with_path(dict(inner))[0]:
+    names = [str(p.key) for p in path if hasattr(p, "key")]
+    if names[-1] == "__call__":
+      names.pop()
+    if names:
+      taps["/".join(names)] = value
+  return taps

@@ -1,0 +1,340 @@
+"""Names and arrays -> `Source`: random access to labelled images."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdjax.errors import unknown
+from kdjax.types import UserError
+
+
+class RandomAccess(Protocol):
+  def __len__(self) -> int: ...
+  def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Labelled images that can be read in any order.
+
+  Attributes:
+    examples: position -> mapping with `image`, uint8 [H, W, C], and `label`.
+    labels: position -> label alone, without decoding the image.
+    num_classes: labels lie in 0 .. num_classes - 1.
+    image_shape: (H, W, C), with None where the images differ.
+    name: what messages call the dataset.
+    split: what messages call the part of it.
+  """
+
+  examples: RandomAccess
+  labels: RandomAccess
+  num_classes: int
+  image_shape: tuple[int | None, ...]
+  name: str
+  split: str
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+
+def load(
+  name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None
+) -> Source:
+  """A dataset by its name.
+
+  `digits` comes with scikit-learn, is written to `data_dir` at the first call
+  and held in memory. Every other name is a TFDS dataset already prepared in a
+  format with random access (array_record); it is read without TensorFlow and
+  never downloaded from here: a pod's processes would all do so at once.
+
+  Args:
+    name: `digits`, or TFDS's `name[/config][:version]`.
+    split: TFDS's split syntax, such as `train`, `train[:90%]`, `train+test`.
+    data_dir: where datasets are kept. By default `$TFDS_DATA_DIR`; without it
+      TFDS's own folder, and for the digits a cache folder.
+
+  Raises:
+    UserError: no such dataset or split, an empty split, a dataset that is not
+      prepared or that has no image and class label.
+  """
+  with _quiet():
+    if name == "digits":
+      from kdjax.data import digits
+
+      return in_memory(_open(name, split, digits.builder(data_dir)))
+    return _open(name, split, _prepared_builder(name, data_dir))
+
+
+def from_arrays(
+  images: np.ndarray,
+  labels: np.ndarray,
+  *,
+  num_classes: int,
+  name: str = "arrays",
+  split: str = "all",
+) -> Source:
+  """A `Source` over uint8 images [N, H, W, C] and integer labels [N].
+
+  Raises:
+    UserError: another dtype or rank, or as many labels as images are not given.
+  """
+  images, labels = np.asarray(images), np.asarray(labels)
+  if images.dtype != np.uint8 or images.ndim != 4:
+    raise UserError(
+      f"{name} has {images.dtype} images of shape {images.shape}; needs uint8 "
+      "[N, H, W, C]: scale to 0..255 and add the missing axis"
+    )
+  if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    raise UserError(
+      f"{name} has {labels.dtype} labels of shape {labels.shape}; needs "
+      f"integers of shape {images.shape[:1]}: one class number an image"
+    )
+  return Source(
+    _Arrays(images, labels), labels, num_classes, images.shape[1:], name, split
+  )
+
+
+def in_memory(source: Source) -> Source:
+  """The same source, every image decoded once and kept (N H W C bytes).
+
+  Raises:
+    UserError: the images differ in size.
+  """
+  if None in source.image_shape:
+    raise UserError(
+      f"{source.name} has images of several sizes, which one array cannot "
+      "hold: read it from disk"
+    )
+  shape = [side for side in source.image_shape if side is not None]
+  images = np.empty((len(source), *shape), np.uint8)
+  labels = np.empty(len(source), np.int64)
+  for index in range(len(source)):
+    example = source.examples[index]
+    images[index], labels[index] = example["image"], example["label"]
+  return from_arrays(
+    images,
+    labels,
+    num_classes=source.num_classes,
+    name=source.name,
+    split=source.split,
+  )
+
+
+def check_labels(source: Source, *, limit: int = 10_000) -> None:
+  """Reads up to `limit` labels, evenly spread, and refuses the first bad one.
+
+  Raises:
+    UserError: a label outside 0 .. num_classes - 1.
+  """
+  size = len(source)
+  positions = range(size)
+  if size > limit:
+    positions = np.linspace(0, size - 1, limit).astype(int).tolist()
+  for position in positions:
+    check_label(source, position, source.labels[position])
+
+
+def check_label(source: Source, index: int, label: int) -> None:
+  if not 0 <= label < source.num_classes:
+    raise UserError(
+      f"{source.name} {source.split}: example {index} has label {label}, needs "
+      f"0..{source.num_classes - 1}: mend the label, or leave the example out "
+      "with kdjax.data.select"
+    )
+
+
+def labelled_mask(source: Source, count: int, *, seed: int) -> np.ndarray:
+  """Chooses `count` examples, as many of each class, to within one.
+
+  Choices with one seed are nested: the mask for 100 lies in that for 200.
+
+  Returns:
+    bool [N], `count` of them True.
+
+  Raises:
+    UserError: `count` is out of range, or a class has too few examples.
+  """
+  if not 0 <= count <= len(source):
+    raise UserError(
+      f"asked for {count} labelled examples of {source.name} {source.split}, "
+      f"needs 0..{len(source)}: ask for a number in that range"
+    )
+  generator = np.random.default_rng(seed)
+  order = generator.permutation(len(source))
+  labels = np.array([source.labels[index] for index in order.tolist()], int)
+  share, extra = divmod(count, source.num_classes)
+  # The classes that get one more come first in an order drawn from the seed.
+  place = generator.permutation(source.num_classes)
+  mask = np.zeros(len(source), bool)
+  for label in range(source.num_classes):
+    members = order[labels == label]
+    wanted = share + int(place[label] < extra)
+    if len(members) < wanted:
+      raise UserError(
+        f"{source.name} {source.split} has {len(members)} examples of class "
+        f"{label}, needs {wanted} for {count} in all: ask for fewer"
+      )
+    mask[members[:wanted]] = True
+  return mask
+
+
+def select(source: Source, mask: np.ndarray) -> Source:
+  """The examples where `mask`, bool [N], is True, renumbered from 0.
+
+  Raises:
+    UserError: the mask has another shape or is not boolean.
+  """
+  mask = np.asarray(mask)
+  if mask.dtype != bool or mask.shape != (len(source),):
+    raise UserError(
+      f"got a {mask.dtype} mask of shape {mask.shape}, needs bool of shape "
+      f"({len(source)},): one entry an example of {source.name}"
+    )
+  (kept,) = np.nonzero(mask)
+  return dataclasses.replace(
+    source,
+    examples=_View(source.examples, kept),
+    labels=_View(source.labels, kept),
+    split=f"{source.split} ({len(kept)} selected)",
+  )
+
+
+def subset(source: Source, count: int, *, seed: int = 0) -> Source:
+  """`count` examples, balanced over the classes; see `labelled_mask`."""
+  return select(source, labelled_mask(source, count, seed=seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+    return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+  parent: RandomAccess
+  kept: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.kept)
+
+  def __getitem__(self, index: int, /) -> Any:
+    return self.parent[int(self.kept[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+  undecoded: RandomAccess
+
+  def __len__(self) -> int:
+    return len(self.undecoded)
+
+  def __getitem__(self, index: int, /) -> int:
+    return int(self.undecoded[index]["label"])
+
+
+def _open(name: str, split: str, builder: Any) -> Source:
+  import tensorflow_datasets as tfds
+
+  features = dict(builder.info.features.items())
+  splits = builder.info.splits
+  label = features.get("label")
+  num_classes = getattr(label, "num_classes", None)  # a class label's alone
+  if "image" not in features or not num_classes:
+    raise UserError(
+      f"{name} has the features {', '.join(sorted(features))}; needs image and "
+      "label (a class label): choose an image classification dataset"
+    )
+  known = ", ".join(f"{key} ({splits[key].num_examples})" for key in splits)
+  try:
+    size = splits[split].num_examples
+  except (KeyError, ValueError) as error:
+    raise UserError(
+      f"{name} has no split {split!r} ({_first_line(error)}): choose of {known}"
+    ) from error
+  if not size:
+    raise UserError(
+      f"{name} {split!r} holds no examples: choose of {known or 'none'}"
+    )
+  try:
+    examples = builder.as_data_source(split=split)
+  except NotImplementedError as error:
+    raise UserError(
+      f"{builder.data_path} is in a format without random access, needs "
+      "array_record: prepare it into another data_dir with "
+      f"{_prepare_line(name, 'another_data_dir')}"
+    ) from error
+  skip = {"image": tfds.decode.SkipDecoding()}
+  labels = builder.as_data_source(split=split, decoders=skip)
+  examples[0]  # TFDS tells how it decodes with the first image: here, unheard
+  shape = tuple(features["image"].shape)
+  return Source(examples, _Labels(labels), num_classes, shape, name, split)
+
+
+def _prepared_builder(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> Any:
+  import tensorflow_datasets as tfds
+
+  folder = None if data_dir is None else os.path.expanduser(data_dir)
+  try:
+    builder = tfds.builder(name, data_dir=folder)
+  except tfds.core.DatasetNotFoundError as error:
+    known = tfds.list_builders(with_community_datasets=False)
+    raise unknown("dataset", name, ["digits", *known]) from error
+  except (AssertionError, ImportError, ValueError) as error:
+    raise UserError(
+      f"TFDS cannot open {name!r}: {_first_line(error)}: give it as "
+      "name[/config][:version]"
+    ) from error
+  if not builder.data_path.exists():
+    lines = _prepare_line(name, folder)
+    if importlib.util.find_spec("tensorflow") is None:
+      lines = f"`pip install tensorflow-cpu` and {lines}"
+    raise UserError(
+      f"{name} is not prepared: nothing in {builder.data_path}. Run {lines} "
+      "(preparing needs TensorFlow, reading does not)"
+    )
+  return builder
+
+
+def _prepare_line(name: str, folder: str | None) -> str:
+  where = "" if folder is None else f"data_dir={folder!r}, "
+  return (
+    '`python -c "import tensorflow_datasets as tfds; '
+    f"tfds.builder({name!r}, {where}file_format='array_record')"
+    '.download_and_prepare()"`'
+  )
+
+
+def _first_line(error: BaseException) -> str:
+  return str(error).strip("'\"").splitlines()[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS's prints, progress bars and warnings off the terminal."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    with (
+      contextlib.redirect_stdout(io.StringIO()),
+      contextlib.redirect_stderr(io.StringIO()),
+    ):
+      yield
+  finally:
+    logger.setLevel(level)

@@ -1,0 +1,361 @@
+"""The loop: `distill(student=..., teacher=..., ...)` trains, saves, goes on.
+
+`kdjax.train` calls it with what a config names, notebooks with objects.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from kdjax import checkpoint, errors, losses, objective, parallel
+from kdjax.evaluate import make_evaluate, num_parameters
+from kdjax.metrics import Progress, Writer
+from kdjax.objective import Objective, Term, hinton
+from kdjax.train_step import init_state, jit_step, make_train_step
+from kdjax.types import Batch, Model, Schedule, TrainState
+
+
+class DivergedError(errors.UserError):
+  """A loss or gradient was not finite; the last good checkpoint stays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+  """What a finished run has.
+
+  Attributes:
+    state: the student after the last update.
+    metrics: the last update's training metrics and, where there was an
+      evaluation, its `eval/<metric>`.
+  """
+
+  state: TrainState
+  metrics: dict[str, float]
+
+  @property
+  def variables(self) -> tuple[PyTree, PyTree]:
+    """`(params, stats)` of the student."""
+    return self.state.params, self.state.stats
+
+
+def distill(
+  *,
+  student: Model,
+  teacher: Model | None = None,
+  teacher_variables: PyTree = (),
+  train: Iterable[Batch],
+  steps: int,
+  evaluate_on: Iterable[Batch] | None = None,
+  terms: Objective | Sequence[Term] | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  seed: int = 0,
+  student_variables: tuple[PyTree, PyTree] | None = None,
+  microbatches: int = 1,
+  transform: Callable[[Batch, Array], Batch] | None = None,
+  shown: dict[str, Schedule] | None = None,
+  mesh: Mesh | None = None,
+  folder: str | Path | None = None,
+  save_every: int = 1000,
+  keep_last: int = 2,
+  keep_best: int = 1,
+  name: str = "distilling",
+  quiet: bool = False,
+) -> Distilled:
+  """Trains `student` from the outputs of `teacher` and from labels.
+
+  Args:
+    student, teacher: networks (`adapters` makes them). Without a teacher the
+      terms must not need one: plain training from labels.
+    teacher_variables: `(params, stats)`; never changed, never saved.
+    train: batches of the whole batch's size. If its iterator has `get_state`
+      and `set_state` (grain's do), the position is saved and restored;
+      otherwise a resumed run reads and skips.
+    steps: optimizer updates in all.
+    evaluate_on: a finite iterable of batches, evaluated whenever saving.
+    terms: the objective; default `hinton(alpha=0.1, temperature=4.0)`, or
+      cross-entropy alone without a teacher.
+    optimizer: default `optax.adamw(1e-3)`.
+    seed: of initialisation and dropout; the data has its own.
+    student_variables: `(params, stats)` to start from.
+    microbatches, transform, shown: as for `make_train_step`.
+    mesh: default, all devices along `data`.
+    folder: for checkpoints and metrics; started again with the same one, the
+      run goes on where it was. None writes nothing.
+    save_every: updates between evaluations and checkpoints.
+    keep_last, keep_best: checkpoints kept: the newest, and those with the
+      lowest `eval/nll`.
+    name: shown in the terminal.
+    quiet: show nothing there.
+
+  Raises:
+    UserError: for mistakes found before the first update.
+    DivergedError: when a loss or gradient is not finite, naming the update.
+  """
+  mesh = mesh or parallel.make_mesh()
+  optimizer = optimizer or optax.adamw(1e-3)
+  goal = _goal(terms, teacher)
+  objective.check(goal, steps, has_teacher=teacher is not None)
+  feed = Feed(train)
+  parallel.check_batch_size(
+    len(feed.first["mask"]), mesh, microbatches=microbatches
+  )
+  frozen = parallel.put(teacher_variables, mesh)
+  state = init_state(
+    student,
+    teacher,
+    goal,
+    optimizer,
+    jax.random.key(seed),
+    feed.first,
+    frozen=frozen,
+    variables=student_variables,
+  )
+  check_outputs(
+    student, teacher, (state.params, state.stats), frozen, feed.first
+  )
+  state = parallel.put(state, mesh)
+  step_fn = jit_step(
+    make_train_step(
+      student,
+      teacher,
+      goal,
+      optimizer,
+      microbatches=microbatches,
+      transform=transform,
+      shown=shown,
+    ),
+    mesh,
+  )
+  tell = functools.partial(print, file=sys.stderr)
+  facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
+  with contextlib.ExitStack() as stack:
+    saver, position = None, None
+    if folder is not None:
+      saver = checkpoint.Checkpointer(
+        Path(folder) / "checkpoints",
+        keep_last=keep_last,
+        keep_best=keep_best,
+        metric="eval/nll" if evaluate_on is not None else None,
+      )
+      stack.callback(saver.close)
+      state, position = _restore(saver, state, facts, name, tell)
+    start = int(state.step)
+    feed.go_to(position, start)
+    bar = Progress(name, steps, start=start, quiet=quiet)
+    stack.callback(bar.close)
+    bar.note(_describe(name, mesh, state, teacher_variables, start, steps))
+    write = None
+    if folder is not None:
+      write = stack.enter_context(Writer(Path(folder), resume_step=start))
+    test = None
+    if evaluate_on is not None:
+      test = _evaluator(student, teacher, mesh, frozen, evaluate_on)
+
+    pending, last = None, {}
+    for step in range(start + 1, steps + 1):
+      batch = parallel.put_batch(next(feed), mesh)
+      state, measured = step_fn(state, frozen, batch)
+      # The device computes this step while the host reads the one before.
+      if pending is not None:
+        last = _report(*pending, write, bar)
+      pending = step, measured
+      if step % save_every == 0 or step == steps:
+        # Saved only once the step's own metrics were seen to be finite.
+        last, pending = _report(*pending, write, bar), None
+        if test is not None:
+          last |= _report(step, test(state), write, bar)
+        if saver is not None:
+          saver.save(
+            step, state, position=feed.position, facts=facts, metrics=last
+          )
+    if not last and test is not None:
+      last = test(state)
+  return Distilled(state, last)
+
+
+class Feed:
+  """Batches and the position among them, which can be saved and gone to."""
+
+  def __init__(self, train: Iterable[Batch]):
+    self._batches = iter(train)
+    self._tracked = hasattr(self._batches, "set_state")
+    begin = self.position
+    try:
+      self.first = next(self._batches)
+    except StopIteration:
+      raise errors.UserError(
+        "the training data has no batch: check the dataset and its split"
+      ) from None
+    if "mask" not in self.first:
+      raise errors.UserError(
+        f"a batch has {sorted(self.first)}, needs 'mask' too: [B], 1 where the "
+        "example counts"
+      )
+    if self._tracked:
+      self._batches.set_state(begin)  # type: ignore
+    else:
+      self._batches = itertools.chain([self.first], self._batches)
+
+  @property
+  def position(self) -> Any:
+    return self._batches.get_state() if self._tracked else None  # type: ignore
+
+  def go_to(self, position: Any, step: int) -> None:
+    if self._tracked and position is not None:
+      self._batches.set_state(position)  # type: ignore
+    else:
+      for _ in range(step):
+        next(self)
+
+  def __next__(self) -> Batch:
+    try:
+      return next(self._batches)
+    except StopIteration:
+      raise errors.UserError(
+        "the training data ended before the last step: repeat it, or ask for "
+        "fewer steps"
+      ) from None
+
+
+def check_outputs(
+  student: Model,
+  teacher: Model | None,
+  variables: PyTree,
+  frozen: PyTree,
+  batch: Batch,
+) -> None:
+  """Refuses networks that do not fit the data or each other.
+
+  Raises:
+    UserError: classes differ between teacher, student and labels, or the
+      teacher's logits hold NaN.
+  """
+
+  def apply(model: Model, variables: PyTree, batch: Batch) -> Array:
+    return model.apply(*variables, batch, train=False)[0].logits
+
+  ours = jax.eval_shape(
+    functools.partial(apply, student), variables, batch
+  ).shape[-1]
+  labels = np.asarray(batch["label"]) if "label" in batch else None
+  if labels is not None and np.issubdtype(labels.dtype, np.integer):
+    counts = np.asarray(batch["mask"]) * np.asarray(batch.get("labelled", 1))
+    used = labels[counts > 0]
+    if used.size and (used.min() < 0 or used.max() >= ours):
+      raise errors.UserError(
+        f"labels run from {used.min()} to {used.max()}, the student has {ours} "
+        f"classes: labels must lie in 0..{ours - 1}"
+      )
+  if teacher is None:
+    return
+  logits = jax.jit(functools.partial(apply, teacher))(frozen, batch)
+  if logits.shape[-1] != ours:
+    raise errors.UserError(
+      f"teacher has {logits.shape[-1]} classes, student {ours}: logits are "
+      "compared class by class; give both the same number of classes"
+    )
+  if bool(jnp.isnan(logits).any()):
+    raise errors.UserError(
+      "the teacher's logits hold NaN on the first batch: check its checkpoint "
+      "and how its inputs are normalised"
+    )
+
+
+def _goal(
+  terms: Objective | Sequence[Term] | None, teacher: Model | None
+) -> Objective:
+  if isinstance(terms, Objective):
+    return terms
+  if terms is not None:
+    return Objective(tuple(terms))
+  if teacher is not None:
+    return hinton(alpha=0.1, temperature=4.0)
+  return Objective((Term("hard", losses.cross_entropy, group="hard"),))
+
+
+def _restore(
+  saver: checkpoint.Checkpointer,
+  state: TrainState,
+  facts: dict[str, Any],
+  name: str,
+  tell: Callable[[str], None],
+) -> tuple[TrainState, Any]:
+  """The newest sound checkpoint's state and input position, or `state`."""
+  restored = saver.restore(state, note=tell)
+  if restored is None:
+    return state, None
+  if restored.facts["teacher"] != facts["teacher"]:
+    raise errors.UserError(
+      f"{name}: the checkpoint was trained with another teacher (fingerprint "
+      f"{restored.facts['teacher']}, now {facts['teacher']}): use the same "
+      "teacher, or another workdir"
+    )
+  return restored.state, restored.position
+
+
+def _report(
+  step: int, measured: Any, write: Writer | None, bar: Progress
+) -> dict[str, float]:
+  """Fetches, checks, writes and shows the metrics of a step."""
+  values = {k: float(v) for k, v in jax.device_get(measured).items()}
+  for name in ("loss/total", "grad_norm", "eval/nll"):
+    if not math.isfinite(values.get(name, 0.0)):
+      bad = [k for k, v in values.items() if not math.isfinite(v)]
+      raise DivergedError(
+        f"{', '.join(bad)} not finite at step {step}: lower the learning rate "
+        "or clip gradients; checkpoints before it are kept"
+      )
+  if write is not None:
+    write(step, values)
+  if "loss/total" in values:
+    bar.update(step, values["loss/total"])
+  return values
+
+
+def _evaluator(
+  student: Model,
+  teacher: Model | None,
+  mesh: Mesh,
+  frozen: PyTree,
+  batches: Iterable[Batch],
+) -> Callable[[TrainState], dict[str, float]]:
+  run = make_evaluate(student, teacher, mesh)
+
+  def test(state: TrainState) -> dict[str, float]:
+    got = run((state.params, state.stats), frozen, batches)
+    return {f"eval/{name}": value for name, value in got.items()}
+
+  return test
+
+
+def _describe(
+  name: str,
+  mesh: Mesh,
+  state: TrainState,
+  teacher_variables: PyTree,
+  start: int,
+  steps: int,
+) -> str:
+  device = mesh.devices.flat[0]
+  parts = [f"student of {num_parameters(state.params):,} parameters"]
+  if jax.tree.leaves(teacher_variables):
+    parts.append(f"teacher of {num_parameters(teacher_variables[0]):,}")
+  begin = f"from step {start} " if start else ""
+  return (
+    f"{name}: {mesh.size} {device.platform} device(s) ({device.device_kind}), "
+    f"jax {jax.__version__}; compiling one train step for a "
+    f"{' and a '.join(parts)}; {begin}to step {steps}"
+  )

@@ -1,0 +1,183 @@
+"""What the logit losses share: their traits, the support and the softmax.
+
+The support of an example is the set of classes where neither network's logit is
+-inf; both distributions are renormalised over it. Outside it every quantity
+here is 0, a number and not -inf: 0 · inf would be NaN in the value, and again
+in the gradient of a `where` that hides it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float32, Integer
+
+from kdjax.types import UserError
+
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+  """What the objective must know of a logit loss.
+
+  Attributes:
+    power: the power of the student's temperature by which the objective
+      multiplies the loss, so that its gradient keeps its scale as T grows.
+    labels: whether the labels are an argument.
+    teacher: whether the teacher's logits are an argument.
+    couples: whether examples of a batch meet in it; such a loss takes `where`.
+  """
+
+  power: int
+  labels: bool = False
+  teacher: bool = True
+  couples: bool = False
+
+
+def logit_loss(
+  *,
+  power: int,
+  labels: bool = False,
+  teacher: bool = True,
+  couples: bool = False,
+) -> Callable[[Loss], Loss]:
+  """Declares a function's `Traits`; the function stays as it is."""
+
+  def declare(loss: Loss) -> Loss:
+    vars(loss)["traits"] = Traits(power, labels, teacher, couples)
+    return loss
+
+  return declare
+
+
+def traits(loss: Callable[..., Any]) -> Traits:
+  """The traits of a loss, or of a `functools.partial` of one.
+
+  Raises:
+    UserError: if nothing is declared.
+  """
+  while isinstance(loss, functools.partial):
+    loss = loss.func
+  declared = getattr(loss, "traits", None)
+  if not isinstance(declared, Traits):
+    name = getattr(loss, "__name__", repr(loss))
+    raise UserError(
+      f"{name} declares neither its power of T nor whether it takes labels: "
+      "decorate it with @losses.logit_loss(power=...)"
+    )
+  return declared
+
+
+class Softened(NamedTuple):
+  """Two distributions over their common support, all `[*batch, classes]`.
+
+  `log_p` and `p` are the teacher's, `log_q` and `q` the student's, 0 outside
+  the support `where`.
+  """
+
+  log_p: Float32[Array, "*batch classes"]
+  log_q: Float32[Array, "*batch classes"]
+  p: Float32[Array, "*batch classes"]
+  q: Float32[Array, "*batch classes"]
+  where: Bool[Array, "*batch classes"]
+
+
+def soften(student: Array, teacher: Array, temperature: ArrayLike) -> Softened:
+  """The softmax of student / T and teacher / T over the common support."""
+  student, teacher, where = over_common_support(student, teacher)
+  log_p = log_softmax(teacher, temperature, where)
+  log_q = log_softmax(student, temperature, where)
+  p = jnp.where(where, jnp.exp(log_p), 0.0)
+  q = jnp.where(where, jnp.exp(log_q), 0.0)
+  return Softened(log_p, log_q, p, q, where)
+
+
+def over_common_support(
+  student: Array, teacher: Array
+) -> tuple[Array, Array, Array]:
+  """Both logits in float32, the teacher's without gradient; the support.
+
+  Raises:
+    UserError: if the shapes differ; broadcasting would hide the mistake.
+  """
+  if jnp.shape(student) != jnp.shape(teacher):
+    raise UserError(
+      f"student logits have shape {jnp.shape(student)}, the teacher's "
+      f"{jnp.shape(teacher)}: give both the same examples and classes"
+    )
+  student = jnp.asarray(student, jnp.float32)
+  teacher = jax.lax.stop_gradient(jnp.asarray(teacher, jnp.float32))
+  return student, teacher, ~(jnp.isneginf(student) | jnp.isneginf(teacher))
+
+
+def log_softmax(
+  logits: Float32[Array, "*batch classes"],
+  temperature: ArrayLike,
+  where: Bool[Array, "*batch classes"],
+) -> Float32[Array, "*batch classes"]:
+  """log softmax(logits / T) over `where`, 0 outside it."""
+  # The peak goes before T divides: the difference of two float32 logits near
+  # 1e4 is nearly exact, that of two rounded quotients is not.
+  scaled = _below_peak(logits, where) / jnp.asarray(temperature, jnp.float32)
+  return jnp.where(where, scaled - _log_sum(scaled, where), 0.0)
+
+
+def log_sum_exp(
+  values: Float32[Array, "*batch classes"],
+  where: Bool[Array, "*batch classes"],
+) -> Float32[Array, "*batch"]:
+  """log Σ exp(values) over `where`; where that is empty, a finite number."""
+  total = _peak(values, where) + _log_sum(_below_peak(values, where), where)
+  return total[..., 0]
+
+
+def class_sum(
+  values: Float32[Array, "*batch classes"],
+  where: Bool[Array, "*batch classes"],
+) -> Float32[Array, "*batch"]:
+  """Σ values over `where`; NaN where it is empty."""
+  total = jnp.sum(values, axis=-1, where=where)
+  return jnp.where(jnp.any(where, axis=-1), total, jnp.nan)
+
+
+def target(
+  labels: Integer[Array, "*batch"], where: Bool[Array, "*batch classes"]
+) -> Bool[Array, "*batch classes"]:
+  """True at each example's label; nowhere if the support does not hold it.
+
+  Raises:
+    UserError: if the labels are not one class number an example.
+  """
+  labels = jnp.asarray(labels)
+  integers = jnp.issubdtype(labels.dtype, jnp.integer)
+  if not integers or labels.shape != where.shape[:-1]:
+    raise UserError(
+      f"labels are {labels.dtype} of shape {labels.shape}, must be integers of "
+      f"shape {where.shape[:-1]}: give one class number an example"
+    )
+  return (labels[..., None] == jnp.arange(where.shape[-1])) & where
+
+
+def _peak(values: Array, where: Array) -> Array:
+  peak = jnp.max(values, axis=-1, where=where, initial=-jnp.inf, keepdims=True)
+  some = jnp.any(where, axis=-1, keepdims=True)
+  return jax.lax.stop_gradient(jnp.where(some, peak, 0.0))
+
+
+def _below_peak(values: Array, where: Array) -> Array:
+  # `values` is -inf at places outside `where`, and so never in the difference.
+  return jnp.where(
+    where, jnp.where(where, values, 0.0) - _peak(values, where), 0.0
+  )
+
+
+def _log_sum(values: Array, where: Array) -> Array:
+  total = jnp.sum(jnp.exp(values), axis=-1, where=where, keepdims=True)
+  # An empty support becomes NaN in `class_sum`. Here it stays finite, so that
+  # an example without weight sends no NaN back through log 0.
+  some = jnp.any(where, axis=-1, keepdims=True)
+  return jnp.log(jnp.where(some, total, 1.0))

@@ -1,0 +1,92 @@
+"""A run's results as numbers over seeds, and as a table."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+NETWORKS = ("teacher", "student_alone", "student_distilled")
+# metric: (heading, factor, format)
+_COLUMNS = {
+  "parameters": ("parameters", 1, ",.0f"),
+  "flops": ("MFLOP/example", 1e-6, ".2f"),
+  "accuracy": ("accuracy %", 100, ".2f"),
+  "nll": ("NLL", 1, ".4f"),
+  "ece": ("ECE %", 100, ".2f"),
+  "agreement": ("agreement %", 100, ".2f"),
+  "kl": ("KL at T=1", 1, ".4f"),
+}
+
+
+def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+  """Means over seeds, and what lies behind them.
+
+  Returns:
+    `{network: {metric: mean}}` for `teacher`, `student_alone` and
+    `student_distilled`; `stderr`, of the same form, the standard errors of
+    these means (None for one seed); `gain`, distilled minus alone, seed by
+    seed, as `{metric: {mean, stderr}}`; `seeds`, the runs; `versions`.
+  """
+  gains = {
+    metric: [
+      run["student_distilled"][metric] - run["student_alone"][metric]
+      for run in runs
+    ]
+    for metric in _COLUMNS
+  }
+  return {
+    **{
+      network: {
+        metric: statistics.fmean(run[network][metric] for run in runs)
+        for metric in _COLUMNS
+      }
+      for network in NETWORKS
+    },
+    "stderr": {
+      network: {
+        metric: _stderr([run[network][metric] for run in runs])
+        for metric in _COLUMNS
+      }
+      for network in NETWORKS
+    },
+    "gain": {
+      metric: {"mean": statistics.fmean(g), "stderr": _stderr(g)}
+      for metric, g in gains.items()
+    },
+    "seeds": list(runs),
+    "versions": {"jax": jax.__version__, "backend": jax.default_backend()},
+  }
+
+
+def table(results: dict[str, Any]) -> str:
+  """Three rows of networks, one column a metric; ± is one standard error."""
+  rows = [["", *(heading for heading, _, _ in _COLUMNS.values())]]
+  for network in NETWORKS:
+    row = [network.replace("_", " ")]
+    for metric, (_, factor, form) in _COLUMNS.items():
+      error = results["stderr"][network][metric]
+      value = f"{results[network][metric] * factor:{form}}"
+      row.append(f"{value} ± {error * factor:{form}}" if error else value)
+    rows.append(row)
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = [
+    "  ".join(
+      cell.ljust(width) if n == 0 else cell.rjust(width)
+      for n, (cell, width) in enumerate(zip(row, widths))
+    ).rstrip()
+    for row in rows
+  ]
+  lines.insert(1, "-" * max(map(len, lines)))
+  gain = results["gain"]["accuracy"]
+  line = f"distillation gains {100 * gain['mean']:+.2f} points of accuracy"
+  count = len(results["seeds"])
+  if gain["stderr"] is not None:
+    line += f" ± {100 * gain['stderr']:.2f} (standard error, {count} seeds)"
+  return "\n".join([*lines, line])
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+  if len(values) < 2:
+    return None
+  return statistics.stdev(values) / len(values) ** 0.5

@@ -1,0 +1,272 @@
+"""The train step: one pure function of state, teacher and batch.
+
+    train_step(state, frozen, batch) -> (state, metrics)
+
+The teacher's variables go in and do not come out, so no step can change them.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+
+from kdjax import errors, objective, parallel
+from kdjax.objective import Objective, Term
+from kdjax.types import Batch, Model, Output, Schedule, TrainState
+
+# (params, stats) of the teacher; () where there is none.
+Frozen = PyTree
+TrainStep = Callable[
+  [TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]
+]
+
+
+def init_state(
+  student: Model,
+  teacher: Model | None,
+  terms: Objective | Sequence[Term],
+  optimizer: optax.GradientTransformation,
+  key: Array,
+  batch: Batch,
+  *,
+  frozen: Frozen = (),
+  variables: tuple[PyTree, PyTree] | None = None,
+) -> TrainState:
+  """The state before the first update.
+
+  Args:
+    student, teacher, terms, optimizer: as for `make_train_step`.
+    key: seeds the student's initialisation, the terms' and every step.
+    batch: an example batch; only its shapes matter.
+    frozen: the teacher's variables; only their shapes matter.
+    variables: `(params, stats)` to start from, instead of initialising.
+  """
+  goal = _objective(terms)
+  init_key, term_key, step_key = jax.random.split(key, 3)
+  params, stats = variables or student.init(init_key, batch)
+  owners = [t for t in goal.terms if t.init is not None]
+  term_params, term_state = {}, {}
+  if owners:
+    ours = _spec(student, (params, stats), batch, goal.taps(0))
+    theirs = teacher and _spec(teacher, frozen, batch, goal.taps(1))
+    for n, term in enumerate(owners):
+      assert term.init is not None
+      term_params[term.name], term_state[term.name] = term.init(
+        jax.random.fold_in(term_key, n), ours, theirs
+      )
+  trained = {"student": params, "terms": term_params}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    stats=stats,
+    opt_state=optimizer.init(trained),
+    key=step_key,
+    term_params=term_params,
+    term_state=term_state,
+  )
+
+
+def make_train_step(
+  student: Model,
+  teacher: Model | None,
+  terms: Objective | Sequence[Term],
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatches: int = 1,
+  transform: Callable[[Batch, Array], Batch] | None = None,
+  teacher_of: Callable[[TrainState, Frozen], PyTree] = lambda _, frozen: frozen,
+  shown: Mapping[str, Schedule] | None = None,
+  axis_name: str | None = None,
+  synced_stats: bool = False,
+) -> TrainStep:
+  """The step for `jit_step`, or with `axis_name` for `pmap_step`.
+
+  Gradients are those of the whole batch: each microbatch adds its sums, divided
+  by the weights of all. Batch statistics move, and losses that couple examples
+  see groups, microbatch by microbatch. A dropout mask is drawn per microbatch.
+
+  Args:
+    student, teacher: networks; the teacher may be None if no term needs it.
+    terms: the objective.
+    optimizer: over `{"student": params, "terms": term_params}`.
+    microbatches: parts that the batch is taken in, one after another.
+    transform: `(batch, key) -> batch`, for mixup: once, for both networks.
+    teacher_of: which variables the teacher has; a self-teacher reads the state.
+    shown: further schedules for the metrics, such as the learning rate.
+    axis_name: the axis of `jax.pmap`; None under `jax.jit`.
+    synced_stats: under pmap, the network's batch statistics are averaged over
+      `axis_name` by itself, hence equal on all devices.
+
+  Raises:
+    UserError: under pmap, naming terms that couple examples (each device would
+      see its own part only), or, when traced, statistics that would diverge.
+  """
+  goal = _objective(terms)
+  if shown:
+    goal = Objective(goal.terms, {**goal.shown, **shown})
+  _check_pmap_terms(goal, axis_name)
+  logit = [t for t in goal.terms if t.reads_logits]
+  other = [t for t in goal.terms if not t.reads_logits]
+
+  def loss_fn(trained, stats, term_state, step, target, batch, divide_by, key):
+    output, stats = student.apply(
+      trained["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
+    )
+    totals, sums = objective.logit_terms(
+      logit, output.logits, target and target.logits, batch, divide_by, step
+    )
+    more, more_sums, term_state = objective.other_terms(
+      other,
+      output,
+      target,
+      batch,
+      divide_by,
+      step,
+      trained["terms"],
+      term_state,
+      jax.random.fold_in(key, 1),
+    )
+    groups = {g: totals.get(g, 0) + more.get(g, 0) for g in {**totals, **more}}
+    total = functools.reduce(jnp.add, groups.values())
+    return total, (stats, term_state, {**sums, **more_sums})
+
+  def part_step(state, variables, divide_by, part, stats, term_state, key):
+    """Gradients and sums of one microbatch."""
+    target = None
+    if teacher is not None:
+      target, _ = teacher.apply(
+        *variables, part, train=False, taps=goal.taps(1)
+      )
+      target = jax.lax.stop_gradient(target)
+    (total, (stats, term_state, sums)), gradients = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(
+      state.trained, stats, term_state, state.step, target, part, divide_by, key
+    )
+    return stats, term_state, (gradients, total, sums)
+
+  def train_step(state: TrainState, frozen: Frozen, batch: Batch):
+    key = jax.random.fold_in(state.key, state.step)
+    if axis_name:
+      _check_pmap_stats(state.stats, synced_stats)
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    if transform is not None:
+      batch = transform(batch, jax.random.fold_in(key, 0))
+    divide_by = objective.denominators(goal.terms, batch, axis_name)
+    variables = teacher_of(state, frozen)
+    one_part = functools.partial(part_step, state, variables, divide_by)
+    if microbatches == 1:
+      stats, term_state, summed = one_part(
+        batch, state.stats, state.term_state, jax.random.fold_in(key, 1)
+      )
+    else:
+      stats, term_state, summed = _accumulate(
+        one_part, state, _parts(batch, microbatches), key
+      )
+    if axis_name:
+      summed = jax.lax.psum(summed, axis_name)
+    gradients, total, sums = summed
+    updates, opt_state = optimizer.update(
+      gradients, state.opt_state, state.trained
+    )
+    trained = optax.apply_updates(state.trained, updates)
+    new_state = state.replace(
+      step=state.step + 1,
+      params=trained["student"],
+      stats=stats,
+      opt_state=opt_state,
+      term_params=trained["terms"],
+      term_state=term_state,
+    )
+    measured = objective.metrics(goal, sums, state.step)
+    measured["loss/total"] = total
+    measured["grad_norm"] = optax.tree.norm(gradients)
+    return new_state, measured
+
+  return train_step
+
+
+def jit_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
+  """`jax.jit` over the mesh: batch split, state donated, teacher as it lies."""
+  everywhere = parallel.replicated(mesh)
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(everywhere, None, parallel.batch_sharding(mesh)),
+    out_shardings=(everywhere, everywhere),
+  )
+
+
+def pmap_step(train_step: TrainStep, axis_name: str = "data") -> TrainStep:
+  """`jax.pmap` of a step made with the same `axis_name`.
+
+  State and teacher come from `parallel.pmap_replicate`, the batch from
+  `parallel.pmap_split`; the metrics are equal on all devices.
+  """
+  return jax.pmap(train_step, axis_name=axis_name, donate_argnums=0)
+
+
+def _accumulate(one_part, state: TrainState, parts: Batch, key: Array):
+  """The sum of the microbatches' gradients and sums, one after another."""
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(one_part, first, state.stats, state.term_state, key)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
+
+  def add(carry, numbered_part):
+    stats, term_state, summed = carry
+    n, part = numbered_part
+    stats, term_state, new = one_part(
+      part, stats, term_state, jax.random.fold_in(key, n)
+    )
+    return (stats, term_state, jax.tree.map(jnp.add, summed, new)), None
+
+  number = jnp.arange(1, 1 + len(jax.tree.leaves(parts)[0]))
+  carry = (state.stats, state.term_state, zeros)
+  return jax.lax.scan(add, carry, (number, parts))[0]
+
+
+def _parts(batch: Batch, count: int) -> Batch:
+  """`[B, ...]` -> `[count, B / count, ...]`, each part spread over all devices.
+
+  Every count-th example goes together: neighbours lie on one device, and taking
+  them apart this way moves nothing between devices.
+  """
+  return {
+    k: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    for k, x in batch.items()
+  }
+
+
+def _objective(terms: Objective | Sequence[Term]) -> Objective:
+  return terms if isinstance(terms, Objective) else Objective(tuple(terms))
+
+
+def _spec(
+  model: Model, variables: PyTree, batch: Batch, taps: tuple[str, ...]
+) -> Output:
+  apply = functools.partial(model.apply, train=False, taps=taps)
+  return jax.eval_shape(apply, *variables, batch)[0]
+
+
+def _check_pmap_terms(goal: Objective, axis_name: str | None) -> None:
+  coupled = [t.name for t in goal.terms if t.couples]
+  if axis_name and coupled:
+    raise errors.UserError(
+      f"terms {', '.join(coupled)} couple the examples of a batch, and under "
+      "pmap each device sees its own part only: use jit_step"
+    )
+
+
+def _check_pmap_stats(stats: PyTree, synced: bool) -> None:
+  paths = jax.tree_util.tree_flatten_with_path(stats)[0]
+  if paths and not synced:
+    raise errors.UserError(
+      f"the student has batch statistics ({jax.tree_util.keystr(paths[0][0])} "
+      f"and {len(paths) - 1} more), which would differ between devices under "
+      "pmap: give its batch norms the axis_name and set synced_stats=True, or "
+      "use jit_step"
+    )
