@@ -1,4 +1,19 @@
-"""Digits: a ResNet-14 teaches a ResNet-8 a sixteenth its size, on a CPU."""
+"""Digits: a ResNet-14 teaches a ResNet-8 of 3 % of its size, on a CPU.
+
+    python -m kdjax.train --config=configs/digits.py --workdir=runs/digits
+
+The task: few labels, many images. The teacher learned from all 1,200 labels of
+the train split. The student may see 100 of them, ten a digit. Alone it trains on
+those 100 images; distilled it also gets the teacher's outputs on all 1,200.
+Splits are ranges of the file's own order, so that the 297 test digits come, as
+far as can be told, from other writers than the train split's.
+
+Tuned on the validation split with `benchmarks/tune_digits.py`, nine settings a
+side, seeds 100 and 101: for the student alone the learning rate (0.03, 0.1, 0.3)
+and the weight decay (5e-4, 5e-3, 2e-2), for the distilled one the learning rate
+(the same) and the temperature (1, 2, 4). Nothing else, and nothing on the test
+split. The teacher was not tuned.
+"""
 
 from ml_collections import ConfigDict
 
@@ -24,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.batch_size = 64
   c.data.eval_batch_size = 300
 
-  def sgd(rate: float, steps: int) -> dict:
+  def sgd(rate: float, decay: float, steps: int) -> dict:
     return dict(
       name="sgd",
       learning_rate=dict(
@@ -36,17 +51,19 @@ def get_config(arg: str = "") -> ConfigDict:
       ),
       momentum=0.9,
       nesterov=True,
-      weight_decay=5e-4,
+      weight_decay=decay,
       decay_on="kernels",
       clip=0.0,
     )
 
-  def phase(rate: float, steps: int) -> dict:
-    steps = 3 if smoke else steps
-    return dict(steps=steps, microbatches=1, optimizer=sgd(rate, steps))
+  def phase(rate: float, decay: float) -> dict:
+    steps = 3 if smoke else 600
+    return dict(steps=steps, microbatches=1, optimizer=sgd(rate, decay, steps))
 
   c.teacher = ConfigDict()
-  c.teacher.model = dict(name="resnet_cifar", depth=14, width=16)
+  c.teacher.model = dict(
+    name="resnet_cifar", depth=8 if smoke else 14, width=8 if smoke else 16
+  )
   c.teacher.checkpoint = ""  # "" = train one first
   c.teacher.dtype = "float32"
   c.student = ConfigDict()
@@ -54,15 +71,15 @@ def get_config(arg: str = "") -> ConfigDict:
   c.student.dtype = "float32"
 
   c.phases = ConfigDict()
-  c.phases.teacher = phase(0.1, 600)
-  c.phases.alone = phase(0.1, 600)
-  c.phases.distilled = phase(0.1, 600)
+  c.phases.teacher = phase(0.1, 5e-4)
+  c.phases.alone = phase(0.1, 2e-2)
+  c.phases.distilled = phase(0.03, 5e-4)
 
   # total = alpha * hard + (1 - alpha) * T**2 * soft; numbers or schedules.
   c.alpha = 0.1
   c.hard_weight = None
   c.soft_weight = None
-  c.temperature = 4.0
+  c.temperature = 2.0
   c.hard = dict(name="cross_entropy", label_smoothing=0.0)
   c.soft = dict(name="kl")
   c.terms = ConfigDict()

@@ -45,11 +45,12 @@ def from_nnx(
   """
   if isinstance(make, nnx.Module):
     module = make
-    abstract = nnx.eval_shape(lambda: module)
-    make = lambda rngs: module  # noqa: E731
+    build = lambda rngs: module  # noqa: E731
+    # Compiled, the values that are there would become the program's constants.
+    compiled = lambda init: init  # noqa: E731
   else:
-    factory = make
-    abstract = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    build, compiled = make, _run_once
+  abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
   kinds = (nnx.Param, nnx.Any(*stats), nnx.RngState)
   graphdef, *groups, rest = nnx.split(abstract, *kinds, ...)
   left = [_path(p) for p, _ in nnx.to_flat_state(rest)]
@@ -64,7 +65,7 @@ def from_nnx(
   )
 
   def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
-    params, others, _, _ = nnx.split(make(nnx.Rngs(key)), *kinds, ...)[1:]
+    params, others, _, _ = nnx.split(build(nnx.Rngs(key)), *kinds, ...)[1:]
     return _to_dict(params), _to_dict(others)
 
   def apply(
@@ -95,7 +96,7 @@ def from_nnx(
       return output, stats
     return output, _to_dict(nnx.split(module, *kinds, ...)[2])
 
-  return Model(init, apply)
+  return Model(compiled(init), apply)
 
 
 def from_linen(
@@ -165,7 +166,7 @@ def from_linen(
     changed = {k: v for k, v in changed.items() if k != "intermediates"}
     return _output(returned, inner, taps), {**stats, **changed}
 
-  return Model(init, apply)
+  return Model(_run_once(init), apply)
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -176,6 +177,19 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jnp.asarray(x, dtype) if floating else x
 
   return jax.tree.map(one, tree)
+
+
+def _run_once(init: Callable[..., Any]) -> Callable[..., Any]:
+  """`init`, compiled. On CPU without optimising what will run only once."""
+
+  def compiled(key: Array, batch: Batch) -> tuple[Params, Stats]:
+    if isinstance(key, jax.core.Tracer):  # options are the outermost jit's
+      return init(key, batch)
+    unoptimised = {"xla_backend_optimization_level": 0}
+    options = unoptimised if jax.default_backend() == "cpu" else None
+    return jax.jit(init, compiler_options=options)(key, batch)
+
+  return compiled
 
 
 def _output(

@@ -112,7 +112,9 @@ def optimizer(
   known = {
     n: f
     for n, f in vars(optax).items()
-    if n.islower() and callable(f) and "learning_rate" in _parameters(f)
+    if not n.startswith(("_", "scale_"))
+    and callable(f)
+    and "learning_rate" in _parameters(f)
   }
   make = errors.choose(f"optimizer of {what}", name, known)
   for needed in ("learning_rate", "clip", "weight_decay", "decay_on"):

@@ -43,7 +43,7 @@ def sums(
   right = weight * (guess == label)
   confidence = jnp.max(jax.nn.softmax(student), -1)
   # Bins (0, 1/15], (1/15, 2/15] ...: a confidence of 1 is in the last.
-  bins = jnp.clip(jnp.ceil(confidence * NUM_BINS) - 1, 0, NUM_BINS - 1)
+  bins = jnp.int32(jnp.ceil(confidence * NUM_BINS)) - 1
   in_bin = jax.nn.one_hot(bins, NUM_BINS) * weight[:, None]
   result = {
     "weight": weight.sum(),

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
@@ -24,6 +22,7 @@ from kdjax import checkpoint, errors, losses, objective, parallel
 from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
+from kdjax.preflight import check_outputs
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import Batch, Model, Schedule, TrainState
 
@@ -230,50 +229,6 @@ class Feed:
       ) from None
 
 
-def check_outputs(
-  student: Model,
-  teacher: Model | None,
-  variables: PyTree,
-  frozen: PyTree,
-  batch: Batch,
-) -> None:
-  """Refuses networks that do not fit the data or each other.
-
-  Raises:
-    UserError: classes differ between teacher, student and labels, or the
-      teacher's logits hold NaN.
-  """
-
-  def apply(model: Model, variables: PyTree, batch: Batch) -> Array:
-    return model.apply(*variables, batch, train=False)[0].logits
-
-  ours = jax.eval_shape(
-    functools.partial(apply, student), variables, batch
-  ).shape[-1]
-  labels = np.asarray(batch["label"]) if "label" in batch else None
-  if labels is not None and np.issubdtype(labels.dtype, np.integer):
-    counts = np.asarray(batch["mask"]) * np.asarray(batch.get("labelled", 1))
-    used = labels[counts > 0]
-    if used.size and (used.min() < 0 or used.max() >= ours):
-      raise errors.UserError(
-        f"labels run from {used.min()} to {used.max()}, the student has {ours} "
-        f"classes: labels must lie in 0..{ours - 1}"
-      )
-  if teacher is None:
-    return
-  logits = jax.jit(functools.partial(apply, teacher))(frozen, batch)
-  if logits.shape[-1] != ours:
-    raise errors.UserError(
-      f"teacher has {logits.shape[-1]} classes, student {ours}: logits are "
-      "compared class by class; give both the same number of classes"
-    )
-  if bool(jnp.isnan(logits).any()):
-    raise errors.UserError(
-      "the teacher's logits hold NaN on the first batch: check its checkpoint "
-      "and how its inputs are normalised"
-    )
-
-
 def _goal(
   terms: Objective | Sequence[Term] | None, teacher: Model | None
 ) -> Objective:
@@ -349,13 +304,15 @@ def _describe(
   start: int,
   steps: int,
 ) -> str:
-  device = mesh.devices.flat[0]
   parts = [f"student of {num_parameters(state.params):,} parameters"]
   if jax.tree.leaves(teacher_variables):
     parts.append(f"teacher of {num_parameters(teacher_variables[0]):,}")
-  begin = f"from step {start} " if start else ""
+  device = mesh.devices.flat[0]
+  where = f"{mesh.size} {device.platform} device(s), {device.device_kind}"
+  if start >= steps:
+    return f"{name}: step {start} of {steps} is saved, nothing to train"
+  at = f"from step {start} " if start else ""
   return (
-    f"{name}: {mesh.size} {device.platform} device(s) ({device.device_kind}), "
-    f"jax {jax.__version__}; compiling one train step for a "
-    f"{' and a '.join(parts)}; {begin}to step {steps}"
+    f"{name}: {at}to step {steps} on {where}; jax {jax.__version__} compiles one "
+    f"train step for a {' and a '.join(parts)}"
   )

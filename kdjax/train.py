@@ -1,7 +1,15 @@
-"""`python -m kdjax.train --config=configs/digits.py --workdir=runs/digits`
+"""Trains (or loads) a teacher, trains a student alone, distils it, compares.
 
-Trains (or loads) the teacher, trains the student alone, distils it, and prints
-how the three compare. Killed and started again, the same line goes on.
+    python -m kdjax.train --config=configs/digits.py --workdir=runs/digits
+
+  --config=FILE[:ARG]   a config file; `configs/digits.py:smoke` takes seconds
+  --config.NAME=VALUE   another value for one of its keys, such as
+                        --config.alpha=0.5 or --config.phases.alone.steps=900
+  --workdir=FOLDER      for checkpoints, metrics and results.json
+  --help                this text
+
+Killed and started again, the same line goes on where it was. Exit codes: 0
+done, 2 a mistake that the message explains.
 """
 
 import dataclasses
@@ -15,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 from jaxtyping import PyTree
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import kdjax.config as configuration
 from kdjax import (
@@ -32,10 +40,11 @@ from kdjax import (
 )
 from kdjax.loop import distill
 from kdjax.objective import Term
+from kdjax.preflight import check_outputs
 from kdjax.types import Model
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(config: Any, workdir: str | Path) -> dict[str, Any]:
   """Runs what the config says; returns what it writes to `results.json`.
 
   Raises:
@@ -55,7 +64,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 class Experiment:
   """The data and networks of a config, everything checked that can be."""
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config: Any):
     self.config = config
     c = config.data
     source = data.load(c.name, c.train_split, data_dir=c.data_dir or None)
@@ -78,16 +87,24 @@ class Experiment:
       parallel.check_batch_size(
         c.batch_size, self.mesh, microbatches=phase.microbatches
       )
-    parallel.check_batch_size(c.eval_batch_size, self.mesh)
     objective.check(self.goal, config.phases.distilled.steps, has_teacher=True)
+    # Rounded up to the devices: what is added is padding, and masked.
+    rows = -(-c.eval_batch_size // self.mesh.size) * self.mesh.size
     self.eval_batches = data.eval_batches(
       held_out,
-      batch_size=c.eval_batch_size,
+      batch_size=rows,
       mean=c.mean,
       std=c.std,
       transform=configuration.eval_transform(c),
     )
     self.example = next(iter(self.eval_batches))
+    self.evaluators = {
+      network: evaluate.make_evaluate(network, self.teacher, self.mesh)
+      for network in (self.teacher, self.student)
+    }
+    self.loaded = None
+    if config.teacher.checkpoint:
+      self.loaded = self._load_teacher(config.teacher.checkpoint)
 
   def run(self, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """One seed: teacher, student alone, student distilled; then the numbers."""
@@ -99,9 +116,8 @@ class Experiment:
     hard = self.goal.terms[0]
     cross_entropy = Term("hard", losses.cross_entropy, group="hard")
 
-    if c.teacher.checkpoint:
-      frozen = self._load_teacher(c.teacher.checkpoint)
-    else:
+    frozen = self.loaded
+    if frozen is None:
       frozen = self._train(
         "teacher",
         folder / "teacher",
@@ -184,23 +200,26 @@ class Experiment:
     return done.variables
 
   def _load_teacher(self, path: str) -> tuple[PyTree, PyTree]:
-    like = jax.eval_shape(self.teacher.init, jax.random.key(0), self.example)
-    folder = Path(path)
-    inside = folder / "checkpoints"
-    return checkpoint.load_params(inside if inside.exists() else folder, like)
+    """A teacher from the folder of its run, shown to fit the student."""
+    key = jax.random.key(0)
+    like = jax.eval_shape(self.teacher.init, key, self.example)
+    inside = Path(path) / "checkpoints"
+    frozen = checkpoint.load_params(inside if inside.exists() else path, like)
+    student = jax.eval_shape(self.student.init, key, self.example)
+    check_outputs(self.student, self.teacher, student, frozen, self.example)
+    return frozen
 
   def _measure(
     self, network: Model, variables: PyTree, frozen: PyTree
   ) -> dict[str, float]:
-    run = evaluate.make_evaluate(network, self.teacher, self.mesh)
     return {
       "parameters": evaluate.num_parameters(variables[0]),
       "flops": evaluate.flops_per_example(network, variables, self.example),
-      **run(variables, frozen, self.eval_batches),
+      **self.evaluators[network](variables, frozen, self.eval_batches),
     }
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def _claim(workdir: Path, config: Any) -> None:
   """Writes the config into a new folder; refuses one of another config."""
   ours = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
@@ -217,7 +236,9 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
         f"{workdir} was made by another config (differs in "
         f"{', '.join(differing)}): use a new --workdir, or the old config"
       )
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif workdir.exists() and any(
+    p.name != "compiled" for p in workdir.iterdir()
+  ):
     raise errors.UserError(
       f"{workdir} is not empty and has no config.json: use a new --workdir"
     )
@@ -236,42 +257,51 @@ def _flat(tree: Any, at: str = "") -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Path of a config file, e.g. configs/digits.py; override "
-    "any value with --config.name=value.",
-    flag_values=values,
-  )
-  folder = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder for checkpoints, metrics and results.",
-    flag_values=values,
-  )
-  ask = flags.DEFINE_bool(
-    "help", False, "Show this.", short_name="h", flag_values=values
-  )
+  # Orbax and TFDS tell of their progress in the log.
   logging.getLogger().setLevel(logging.ERROR)
+  if len(argv) == 1 or set(argv) & {"--help", "-h"}:
+    print(__doc__.strip())
+    return 2 if len(argv) == 1 else 0
   try:
-    rest = values(list(argv))[1:]
-    if ask.value or len(argv) == 1:
-      print(f"{__doc__}\n{values.main_module_help() or values}")
-      return 0 if ask.value else 2
-    for needed in (config, folder):
-      if needed.value is None:
-        raise errors.UserError(
-          f"--{needed.name} is missing: {needed.help or 'give it'}"
-        )
-    if rest:
-      raise errors.UserError(f"got {' '.join(rest)}: every option needs --")
-    results = train(config.value, folder.value)
-  except (errors.UserError, flags.Error) as error:
+    config, workdir = _arguments(argv)
+    if jax.config.jax_compilation_cache_dir is None:
+      # Seeds and restarts run the same programs: compile each of them once.
+      folder = Path(workdir).absolute() / "compiled"
+      jax.config.update("jax_compilation_cache_dir", str(folder))
+    results = train(config, workdir)
+  except errors.UserError as error:
     print(f"kdjax: {error}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("kdjax: stopped; the same command goes on from here", file=sys.stderr)
+    return 130
   print(report.table(results))
   return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[Any, str]:
+  """(config, workdir); whatever is wrong with them as a UserError."""
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=list(argv)
+  )
+  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  try:
+    rest = values(list(argv))[1:]
+    if config.value is not None:
+      config.value.keys()  # a file that failed to load says so only when read
+  # A config is a program, and anything may go wrong in it.
+  except Exception as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise errors.UserError(
+      f"cannot use the arguments: {'; '.join(lines)}"
+    ) from (error)
+  for name, value in {"config": config.value, "workdir": workdir.value}.items():
+    if value is None:
+      raise errors.UserError(f"--{name} is missing: see --help")
+  if rest:
+    raise errors.UserError(f"got {' '.join(rest)}: see --help")
+  return config.value, workdir.value or ""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ ROWS = [
   {"objective"},
   {"adapters", "parallel"},
   {"train_step", "evaluate"},
-  {"checkpoint", "metrics"},
+  {"checkpoint", "metrics", "preflight"},
   {"loop"},
   {"config", "report"},
   {"train"},

@@ -10,7 +10,7 @@ from jaxtyping import Array, UInt8
 
 from kdjax.types import Batch, UserError
 
-Image = UInt8[np.ndarray, "height width channels"]
+Image = UInt8[np.ndarray, "_ _ channels"]
 
 
 def crop_and_flip(

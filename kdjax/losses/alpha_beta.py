@@ -55,7 +55,7 @@ def alpha_beta(
   largest = jnp.where(
     at_p,
     (a + b) * log_p,
-    jnp.where(at_q, (a + b) * log_q, a * log_p + b * log_q),
+    jnp.where(at_q, (a + b) * log_q, (a + b) * log_p + step_b),
   )
   return class_sum(d * d * jnp.exp(largest) * _divided(one, other), where)
 

@@ -112,7 +112,6 @@ def _rows(
   # Zeros before the softmax: a NaN in a row that does not exist would come back
   # in the gradient of any `where` that comes after.
   student = jnp.where(exists[..., None], student, 0.0)
-  teacher = jnp.where(exists[..., None], teacher, 0.0)
   rows = soften(student, teacher, temperature)
   flat = [x.reshape(-1, x.shape[-1]) for x in rows]
   return Softened(*flat), exists.reshape(-1)

@@ -37,7 +37,7 @@ def logit_mse(
   """
   student, teacher, where = over_common_support(student, teacher)
   t = jnp.asarray(temperature, jnp.float32)
-  gap = jnp.where(where, student, 0.0) - jnp.where(where, teacher, 0.0)
+  gap = jnp.where(where, student - teacher, 0.0)
   num_classes = jnp.maximum(jnp.sum(where, axis=-1), 1)
   return class_sum((gap / t) ** 2, where) / num_classes
 

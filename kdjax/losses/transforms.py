@@ -75,8 +75,8 @@ def with_teacher_temperature(loss: Loss) -> Loss:
     )
   if scaled:
     raise UserError(
-      f"with_teacher_temperature got zscore({_name(loss)}), which forgets every "
-      "scale: write zscore(with_teacher_temperature(loss))"
+      f"with_teacher_temperature got zscore({_name(loss)}), which forgets "
+      "every scale: write zscore(with_teacher_temperature(loss))"
     )
 
   @functools.wraps(loss)
@@ -88,8 +88,8 @@ def with_teacher_temperature(loss: Loss) -> Loss:
     temperature: ArrayLike = parameters["temperature"].default,
     **kwargs: Any,
   ):
-    # The loss divides both by the teacher's, which leaves student / T. The other
-    # way round T would reach the teacher, and stop there in its gradient.
+    # The loss divides both by the teacher's, which leaves student / T. With the
+    # teacher changed instead, its stopped gradient would be part of T's.
     factor = jnp.asarray(teacher_temperature, jnp.float32) / temperature
     student = jnp.asarray(student, jnp.float32) * factor
     return loss(

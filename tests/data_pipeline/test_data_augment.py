@@ -166,14 +166,15 @@ def test_mixup_draws_the_folded_beta_distribution():
   batch = {"image": jnp.eye(2), "label": jnp.arange(2)}
 
   def share(key):
-    mixed = data.mixup(batch, key, alpha=1.0, num_classes=2)
+    mixed = data.mixup(batch, key, alpha=2.0, num_classes=2)
     return mixed["label"][0, 0]
 
   shares = jax.vmap(share)(jax.random.split(jax.random.key(0), 2000))
-  # alpha 1 folds the uniform distribution to [1/2, 1]: variance 1/48.
+  # Beta(2, 2) has the density 6 x (1 - x) and the variance 1/20; folded at 1/2
+  # its mean is 12 * integral of x^2 (1 - x) over [1/2, 1] = 11/16.
   assert shares.min() >= 0.5
-  np.testing.assert_allclose(shares.mean(), 0.75, atol=0.02)
-  np.testing.assert_allclose(shares.var(), 1 / 48, rtol=0.1)
+  np.testing.assert_allclose(shares.mean(), 11 / 16, atol=0.015)
+  np.testing.assert_allclose(shares.var(), 1 / 20 - (3 / 16) ** 2, rtol=0.15)
 
 
 def test_mixup_is_jittable_takes_soft_labels_and_keeps_the_dtype():

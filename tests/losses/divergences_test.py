@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kdjax import losses
+from kdjax.losses import divergences
 from kdjax.types import UserError
 
 from . import oracle
@@ -184,6 +185,20 @@ def test_unit_jsd_of_nearly_equal_networks_keeps_its_digits():
   )
   np.testing.assert_allclose(values, want, rtol=1e-4)
   assert want.max() < 1e-3
+
+
+def test_the_pieces_of_jsd_are_exact_to_float32():
+  sizes = np.float32(np.geomspace(1e-6, 1e4, 60))
+  x = np.float64(np.concatenate([sizes, -sizes]))
+  got, slope = jax.vmap(jax.value_and_grad(divergences._complement))(
+    jnp.float32(x)
+  )
+  with np.errstate(over="ignore"):
+    want = 1 - x / np.expm1(x)
+  series = x / 2 - x**2 / 12 + x**4 / 720
+  want = np.where(np.abs(x) < 1e-2, series, want)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert np.isfinite(slope).all()
 
 
 def test_jsd_sends_no_gradient_to_its_mix():

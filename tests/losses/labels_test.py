@@ -108,6 +108,16 @@ def test_dkd_of_a_saturated_student_is_finite_and_right():
   assert gradient[0, 0] < 0 < gradient[0, 1]
 
 
+@pytest.mark.parametrize("loss", [losses.dkd, losses.nkd_nontarget])
+def test_no_class_beside_the_label_is_nan_and_sends_no_nan(loss):
+  student, teacher = STUDENT.copy(), TEACHER.copy()
+  student[2], teacher[2] = -np.inf, -np.inf
+  student[2, LABELS[2]] = teacher[2, LABELS[2]] = 1.0
+  values, gradient, _ = oracle.compiled(loss)(student, teacher, LABELS)
+  np.testing.assert_array_equal(np.isnan(values), ROWS == 2)
+  assert np.isfinite(gradient).all()
+
+
 def test_label_smoothing_is_spread_over_the_support():
   padded = np.concatenate([STUDENT, np.full((5, 3), -np.inf)], axis=1)
   values, gradient, _ = oracle.compiled(losses.cross_entropy)(

@@ -58,9 +58,9 @@ def slope(f, x, step=1e-6):
 
 @functools.cache
 def compiled(loss, **static):
-  """Jitted `(student, *others, **traced) -> (values, d student, d temperature)`.
+  """Jitted (student, *others, **traced) -> values and two gradients of the sum.
 
-  The gradients are those of the sum; without a temperature the last is 0.
+  They are with respect to the student and, 0 where there is none, temperature.
   """
 
   def total(student, temperature, others, hparams):
@@ -69,7 +69,10 @@ def compiled(loss, **static):
     values = loss(student, *others, **hparams, **static)
     return jnp.sum(values), values
 
-  gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+  gradient = jax.jit(
+    jax.value_and_grad(total, argnums=(0, 1), has_aux=True),
+    compiler_options={"xla_backend_optimization_level": 0},  # compiles sooner
+  )
 
   def run(student, *others, temperature=1.0, **hparams):
     (_, values), slopes = gradient(

@@ -1,0 +1,70 @@
+"""What is looked at before the first update, so that no run begins in vain."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from kdjax import errors
+from kdjax.types import Batch, Model
+
+
+def check_outputs(
+  student: Model,
+  teacher: Model | None,
+  variables: PyTree,
+  frozen: PyTree,
+  batch: Batch,
+) -> None:
+  """Refuses networks that do not fit the data or each other.
+
+  Args:
+    student, teacher: the networks; the teacher is run once.
+    variables: the student's `(params, stats)`; only their shapes matter.
+    frozen: the teacher's.
+    batch: any batch.
+
+  Raises:
+    UserError: classes differ between teacher, student and labels, or the
+      teacher's logits hold NaN.
+  """
+  shape = jax.eval_shape(functools.partial(_logits, student), variables, batch)
+  num_classes = shape.shape[-1]
+  if teacher is not None:
+    _check_teacher(teacher, frozen, batch, num_classes)
+  _check_labels(batch, num_classes)
+
+
+def _check_teacher(
+  teacher: Model, frozen: PyTree, batch: Batch, num_classes: int
+) -> None:
+  logits = jax.jit(functools.partial(_logits, teacher))(frozen, batch)
+  if logits.shape[-1] != num_classes:
+    raise errors.UserError(
+      f"teacher has {logits.shape[-1]} classes, student {num_classes}: logits "
+      "are compared class by class; give both the same number of classes"
+    )
+  if bool(jnp.isnan(logits).any()):
+    raise errors.UserError(
+      "the teacher's logits hold NaN on the first batch: check its checkpoint "
+      "and how its inputs are normalised"
+    )
+
+
+def _check_labels(batch: Batch, num_classes: int) -> None:
+  labels = np.asarray(batch.get("label", ()))
+  if not np.issubdtype(labels.dtype, np.integer):
+    return  # none, or soft ones
+  counts = np.asarray(batch["mask"]) * np.asarray(batch.get("labelled", 1))
+  used = labels[counts > 0]
+  if used.size and (used.min() < 0 or used.max() >= num_classes):
+    raise errors.UserError(
+      f"labels run from {used.min()} to {used.max()}, the student has "
+      f"{num_classes} classes: labels must lie in 0..{num_classes - 1}"
+    )
+
+
+def _logits(model: Model, variables: PyTree, batch: Batch) -> Array:
+  return model.apply(*variables, batch, train=False)[0].logits

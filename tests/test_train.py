@@ -1,0 +1,236 @@
+"""The command line: every config runs, mistakes are one line and exit code 2."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tfds_folder
+
+from kdjax import checkpoint, parallel, train
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+  """Eight compile many times longer, and other tests split the same step."""
+  mesh = parallel.make_mesh(1)
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """Tiny data sets in the format that TFDS keeps the real ones in."""
+  root = tmp_path_factory.mktemp("tfds")
+  for name, classes in (("Cifar10", 10), ("Cifar100", 100)):
+    tfds_folder.write_images(
+      root,
+      name,
+      "3.0.2",
+      classes,
+      "PNG",
+      {"train": [(32, 32)] * 40, "test": [(32, 32)] * 20},
+    )
+  tfds_folder.write_images(
+    root,
+    "Imagenet2012",
+    "5.1.0",
+    1000,
+    "JPEG",
+    {
+      "train": [(40 + n, 60 - n) for n in range(24)],
+      "validation": [(50, 40)] * 9,
+    },
+  )
+  return root
+
+
+def run(config, workdir, data_dir, *more):
+  return train.main(
+    [
+      "train",
+      f"--config={CONFIGS / config}",
+      f"--workdir={workdir}",
+      f"--config.data.data_dir={data_dir}",
+      *more,
+    ]
+  )
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    "digits.py:smoke",
+    "cifar.py:smoke",
+    "cifar.py:cifar10,smoke",
+    "imagenet.py:smoke",
+  ],
+)
+def test_every_config_runs(config, tmp_path, data_dir, capsys):
+  assert run(config, tmp_path, data_dir) == 0
+  shown = capsys.readouterr().out
+  results = json.loads((tmp_path / "results.json").read_text())
+  for network in ("teacher", "student_alone", "student_distilled"):
+    got = results[network]
+    assert set(got) == {
+      "parameters",
+      "flops",
+      "accuracy",
+      "nll",
+      "ece",
+      "agreement",
+      "kl",
+    }
+    assert all(np.isfinite(v) for v in got.values())
+    assert network.replace("_", " ") in shown
+    folder = tmp_path / "seed_0" / network
+    assert checkpoint.steps(folder / "checkpoints") == [3]
+    assert (folder / "metrics.jsonl").exists()
+    assert list((folder / "tensorboard").iterdir())
+  assert results["teacher"]["agreement"] == 1
+  assert results["teacher"]["kl"] == 0
+
+
+def test_all_configs_are_tried_above():
+  assert {p.name for p in CONFIGS.glob("*.py")} == {
+    "digits.py",
+    "cifar.py",
+    "imagenet.py",
+  }
+
+
+def test_a_second_start_trains_nothing_and_tells_the_same(
+  tmp_path, data_dir, capsys
+):
+  assert run("digits.py:smoke", tmp_path, data_dir) == 0
+  first, results = capsys.readouterr().out, (tmp_path / "results.json")
+  before = results.read_text()
+  assert run("digits.py:smoke", tmp_path, data_dir) == 0
+  again = capsys.readouterr()
+  assert again.out == first
+  assert results.read_text() == before
+  assert again.err.count("nothing to train") == 3
+  # More seeds may be added to what is there.
+  assert run("digits.py:smoke", tmp_path, data_dir, "--config.seeds=2") == 0
+  assert "2 seeds" in capsys.readouterr().out
+
+
+def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, data_dir):
+  assert run("digits.py:smoke", tmp_path / "a", data_dir) == 0
+  teacher = tmp_path / "a" / "seed_0" / "teacher"
+  named = f"--config.teacher.checkpoint={teacher}"
+  assert run("digits.py:smoke", tmp_path / "b", data_dir, named) == 0
+  assert not (tmp_path / "b" / "seed_0" / "teacher").exists()
+  a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
+  assert a["teacher"] == b["teacher"]
+  assert a["student_distilled"] == b["student_distilled"]
+
+
+@pytest.mark.parametrize(
+  ("more", "says"),
+  [
+    ("--config.temprature=3", 'Did you mean "temperature"'),
+    ("--config.temperature=hot", "could not convert string to float"),
+    ("--config.temperature=0.0", "temperature of 'soft' is 0 at update 0"),
+    ("--config.alpha=1.5", "alpha is 1.5 at update 0"),
+    ("--confg=3", "Unknown command line flag 'confg'"),
+    ("--config.soft.name=klx", "unknown loss of soft 'klx': did you mean 'kl'"),
+    (
+      "--config.student.model.name=resnet_cifr",
+      "unknown model 'resnet_cifr': did you mean 'resnet_cifar'",
+    ),
+    (
+      "--config.phases.alone.optimizer.name=sgdd",
+      "unknown optimizer of phases.alone.optimizer 'sgdd': did you mean 'sgd'",
+    ),
+    (
+      "--config.phases.alone.optimizer.learning_rate.schedule=warmup_cosine",
+      "did you mean 'warmup_cosine_decay_schedule'",
+    ),
+    ("--config.data.name=digitz", "did you mean 'digits'"),
+    ("--config.data.train_split=trian", "digits has no split 'trian'"),
+    ("--config.data.train_split=train[:0]", "holds no example"),
+    ("--config.data.batch_size=0", "batch_size is 0"),
+    ("--config.phases.alone.microbatches=3", "divisible by"),
+    ("--config.teacher.checkpoint=/nowhere", "no checkpoint in /nowhere"),
+    ("--config.student.dtype=float8", "unknown dtype 'float8'"),
+    ("stray", "got stray"),
+  ],
+)
+def test_mistakes_are_one_line_and_leave_no_folder(
+  more, says, tmp_path, data_dir, capsys
+):
+  workdir = tmp_path / "run"
+  assert run("digits.py:smoke", workdir, data_dir, more) == 2
+  error = capsys.readouterr().err
+  assert says in error
+  assert error.startswith("kdjax: ")
+  assert error.count("\n") == 1
+  assert not workdir.exists()
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path, data_dir, capsys):
+  assert run("digits.py:smoke", tmp_path, data_dir) == 0
+  capsys.readouterr()
+  changed = "--config.alpha=0.5"
+  assert run("digits.py:smoke", tmp_path, data_dir, changed) == 2
+  assert "made by another config (differs in alpha)" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_shapes_lists_every_mismatch(
+  tmp_path, data_dir, capsys
+):
+  assert run("digits.py:smoke", tmp_path / "a", data_dir) == 0
+  capsys.readouterr()
+  student = tmp_path / "a" / "seed_0" / "student_alone"
+  named = f"--config.teacher.checkpoint={student}"
+  assert run("digits.py:smoke", tmp_path / "b", data_dir, named) == 2
+  error = capsys.readouterr().err
+  assert "params/stages/0/0/" in error
+  assert "params/classifier/kernel is float32[16,10], needs" in error
+  assert error.count("\n") == 1
+  assert not (tmp_path / "b").exists()
+
+
+def written(tmp_path, text):
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("line", "says"),
+  [
+    ("c.temprature = 3", "unknown key 'config.temprature': did you mean"),
+    ("c.data.batchsize = 3", "'config.data.batch_size'"),
+    ("del c.alpha", "config.alpha is missing"),
+    ("c.seeds = 'many'", "field 'seeds'"),
+    ("c.seeds = True", "config.seeds is True, must be a int"),
+    ("c.data.mean = 0.5", "field 'mean'"),
+    ("c.soft = dict(name='jsd', mux=0.5)", "did you mean 'mix'"),
+    ("c.student.model.wdth = 3", "did you mean 'width'"),
+    ("c.terms.tv = dict(name='total_variation')", "terms.tv lacks 'weight'"),
+    ("c.alpha = None", "give alpha alone, or both weights"),
+    ("oops", "name 'oops' is not defined"),
+  ],
+)
+def test_mistakes_in_a_config_file_are_named(
+  line, says, tmp_path, data_dir, capsys
+):
+  text = (CONFIGS / "digits.py").read_text()
+  path = written(
+    tmp_path, text.replace("  return c\n", f"  {line}\n  return c\n")
+  )
+  assert run(path, tmp_path / "run", data_dir) == 2
+  error = capsys.readouterr().err
+  assert says in error
+  assert error.count("\n") == 1
+
+
+def test_no_arguments_show_the_help(capsys):
+  assert train.main(["train"]) == 2
+  assert train.main(["train", "--help"]) == 0
+  assert capsys.readouterr().out.count("--workdir=FOLDER") == 2
+  assert train.main(["train", "--workdir=x"]) == 2
+  assert "--config is missing" in capsys.readouterr().err
