@@ -1,4 +1,4 @@
-"""How `configs/digits.py` was tuned: nine settings for each side, on validation.
+"""How `configs/digits.py` was tuned: nine settings a side, on validation.
 
     python benchmarks/tune_digits.py
 

@@ -8,7 +8,7 @@ last epoch: teacher 72.34, alone 69.06, distilled 70.66. Not yet run here.
 Prepare the data once, the only step that needs TensorFlow:
 
     pip install tensorflow-cpu
-    python -c "import tensorflow_datasets as tfds; tfds.data_source('cifar100')"
+    python -c "import tensorflow_datasets as t; t.data_source('cifar100')"
 
     python -m kdjax.train --config=configs/cifar.py --workdir=runs/cifar100
 """

@@ -3,15 +3,15 @@
     python -m kdjax.train --config=configs/digits.py --workdir=runs/digits
 
 The task: few labels, many images. The teacher learned from all 1,200 labels of
-the train split. The student may see 100 of them, ten a digit. Alone it trains on
-those 100 images; distilled it also gets the teacher's outputs on all 1,200.
+the train split. The student may see 100 of them, ten a digit. Alone it trains
+on those 100 images; distilled it also gets the teacher's outputs on all 1,200.
 Splits are ranges of the file's own order, so that the 297 test digits come, as
 far as can be told, from other writers than the train split's.
 
 Tuned on the validation split with `benchmarks/tune_digits.py`, nine settings a
-side, seeds 100 and 101: for the student alone the learning rate (0.03, 0.1, 0.3)
-and the weight decay (5e-4, 5e-3, 2e-2), for the distilled one the learning rate
-(the same) and the temperature (1, 2, 4). Nothing else, and nothing on the test
+side, seeds 100 and 101: for the student alone the learning rate (0.03, 0.1,
+0.3) and the weight decay (5e-4, 5e-3, 2e-2), for the distilled one the learning
+rate (the same) and the temperature (1, 2, 4). Nothing else, nothing on the test
 split. The teacher was not tuned.
 """
 

@@ -9,7 +9,7 @@ ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into
 ~/tensorflow_datasets/downloads/manual, then
 
     pip install tensorflow-cpu
-    python -c "import tensorflow_datasets as tfds; tfds.data_source('imagenet2012')"
+    python -c "import tensorflow_datasets as t; t.data_source('imagenet2012')"
 
     python -m kdjax.train --config=configs/imagenet.py --workdir=runs/imagenet
 """

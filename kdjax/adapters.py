@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array
 
 from kdjax import errors
@@ -120,7 +121,7 @@ def from_linen(
   """
   parameters = inspect.signature(module.__call__).parameters
 
-  def mode(train: bool) -> dict[str, bool]:
+  def mode(train: bool) -> dict[str, Any]:
     told = {
       "train": train,
       "training": train,
@@ -162,7 +163,7 @@ def from_linen(
       mutable=mutable,
       capture_intermediates=bool(taps),
     )
-    inner = _linen_taps(changed.get("intermediates", {})) if taps else {}
+    inner = _linen_taps(dict(changed.get("intermediates") or {}))
     changed = {k: v for k, v in changed.items() if k != "intermediates"}
     return _output(returned, inner, taps), {**stats, **changed}
 
@@ -183,7 +184,7 @@ def _run_once(init: Callable[..., Any]) -> Callable[..., Any]:
   """`init`, compiled. On CPU without optimising what will run only once."""
 
   def compiled(key: Array, batch: Batch) -> tuple[Params, Stats]:
-    if isinstance(key, jax.core.Tracer):  # options are the outermost jit's
+    if isinstance(key, Tracer):  # options are the outermost jit's
       return init(key, batch)
     unoptimised = {"xla_backend_optimization_level": 0}
     options = unoptimised if jax.default_backend() == "cpu" else None

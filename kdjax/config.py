@@ -73,7 +73,7 @@ def check_keys(
     if isinstance(kind, Mapping):
       if not isinstance(value, Mapping | ConfigDict):
         raise errors.UserError(f"{at}.{name} is {value!r}, must be a mapping")
-      check_keys(value, kind, f"{at}.{name}")
+      check_keys(_plain(value), kind, f"{at}.{name}")
     elif kind is not ...:
       accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
       if not isinstance(value, accepted) or (
@@ -130,7 +130,7 @@ def optimizer(
     {"kernels": _kernels, "all": None},
   )
   chain = [optax.clip_by_global_norm(clip)] if clip else []
-  if decay and {"weight_decay", "mask"} <= set(_parameters(make)):
+  if {"weight_decay", "mask"} <= set(_parameters(make)):
     arguments |= {"weight_decay": decay, "mask": mask}
   elif decay:
     chain.append(optax.add_decayed_weights(decay, mask))
@@ -199,11 +199,18 @@ def _term(name: str, arguments: dict[str, Any]) -> Term:
 
 
 def _loss(arguments: dict[str, Any], what: str) -> Callable[..., Any]:
-  """Takes `name` (and `zscore`) out of the arguments; returns the loss."""
+  """The loss named; `name` and the transforms leave the arguments.
+
+  `zscore=True` standardises both logits; `teacher_temperature` stays, as an
+  argument that the transformed loss takes.
+  """
   loss = errors.choose(
     f"loss of {what}", _name(arguments, what), losses.LOGIT_LOSSES
   )
-  standardise = arguments.pop("zscore", False)
+  if "teacher_temperature" in arguments:
+    loss = losses.with_teacher_temperature(loss)
+  if arguments.pop("zscore", False):
+    loss = losses.zscore(loss)
   takes = set(_parameters(loss)) - {
     "student",
     "teacher",
@@ -213,8 +220,9 @@ def _loss(arguments: dict[str, Any], what: str) -> Callable[..., Any]:
   }
   for name in arguments:
     if name not in takes:
-      raise errors.unknown(f"argument of {what}", name, {*takes, "zscore"})
-  return losses.zscore(loss) if standardise else loss
+      known = {*takes, "zscore", "teacher_temperature"}
+      raise errors.unknown(f"argument of {what}", name, known)
+  return loss
 
 
 def _hparams(arguments: dict[str, Any], what: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from kdjax import errors, losses, parallel
-from kdjax.types import Batch, Model
+from kdjax.types import Batch, Model, Variables
 
 NUM_BINS = 15
 
@@ -74,7 +74,7 @@ def finish(total: dict[str, Any]) -> dict[str, float]:
 
 def make_evaluate(
   student: Model, teacher: Model | None = None, mesh: Mesh | None = None
-) -> Callable[[PyTree, PyTree, Iterable[Batch]], dict[str, float]]:
+) -> Callable[[Variables, Any, Iterable[Batch]], dict[str, float]]:
   """`evaluate(variables, frozen, batches) -> {metric: value}`, compiled once.
 
   `variables` and `frozen` are the `(params, stats)` of student and teacher;
@@ -83,11 +83,12 @@ def make_evaluate(
   mesh = mesh or parallel.make_mesh()
 
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-  def batch_sums(variables, frozen, batch):
+  def batch_sums(variables: Variables, frozen: Any, batch: Batch):
     logits = student.apply(*variables, batch, train=False)[0].logits
     target = None
     if teacher is not None:
-      target = teacher.apply(*frozen, batch, train=False)[0].logits
+      params, stats = frozen
+      target = teacher.apply(params, stats, batch, train=False)[0].logits
     return sums(logits, batch["label"], batch["mask"], target)
 
   def evaluate(variables, frozen, batches):
@@ -106,7 +107,9 @@ def num_parameters(params: PyTree) -> int:
   return sum(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(params))
 
 
-def flops_per_example(model: Model, variables: PyTree, batch: Batch) -> float:
+def flops_per_example(
+  model: Model, variables: Variables, batch: Batch
+) -> float:
   """Floating-point operations of one example's forward pass, by XLA's count.
 
   A multiplication and an addition are two. The body of a loop is counted once,
@@ -117,7 +120,7 @@ def flops_per_example(model: Model, variables: PyTree, batch: Batch) -> float:
     for k, v in batch.items()
   }
 
-  def forward(variables, batch):
+  def forward(variables: Variables, batch: Batch):
     return model.apply(*variables, batch, train=False)[0].logits
 
   cost = jax.jit(forward).lower(variables, one).cost_analysis()

@@ -304,15 +304,15 @@ def _describe(
   start: int,
   steps: int,
 ) -> str:
-  parts = [f"student of {num_parameters(state.params):,} parameters"]
+  size = f"{num_parameters(state.params):,} parameters"
   if jax.tree.leaves(teacher_variables):
-    parts.append(f"teacher of {num_parameters(teacher_variables[0]):,}")
+    size += f", teacher of {num_parameters(teacher_variables[0]):,}"
   device = mesh.devices.flat[0]
   where = f"{mesh.size} {device.platform} device(s), {device.device_kind}"
   if start >= steps:
     return f"{name}: step {start} of {steps} is saved, nothing to train"
   at = f"from step {start} " if start else ""
   return (
-    f"{name}: {at}to step {steps} on {where}; jax {jax.__version__} compiles one "
-    f"train step for a {' and a '.join(parts)}"
+    f"{name}: {at}to step {steps} on {where}; jax {jax.__version__} compiles "
+    f"one train step: network of {size}"
   )

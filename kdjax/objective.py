@@ -8,6 +8,7 @@ nowhere else, it is masked, averaged, multiplied by its power of T and weighted.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,11 @@ def hinton(
     dict(hard_hparams or {}),
   )
   term = functools.partial(Term, group="soft")
+  if inspect.unwrap(soft) is losses.nkd and soft is not losses.nkd:
+    raise errors.UserError(
+      "got a transformed nkd, whose two parts have two powers of T: give two "
+      "terms, of the transformed nkd_target and nkd_nontarget"
+    )
   if soft is losses.nkd:
     gamma = soft_hparams.pop("gamma", 1.5)
     soft_terms = [
@@ -202,7 +208,7 @@ def logit_terms(
     weight)}` before the term's weight, T² included. `kl_at_1` is the KL at
     T = 1, always there, so that runs with different temperatures compare.
   """
-  totals: dict[str, Array] = {}
+  totals: dict[str, Any] = {}
   sums: Sums = {}
   for term in terms:
     rows = row_weights(term, batch)
@@ -265,7 +271,7 @@ def other_terms(
   key: Array,
 ) -> tuple[dict[str, Array], Sums, dict[str, PyTree]]:
   """The terms that read taps or own variables; otherwise as `logit_terms`."""
-  totals: dict[str, Array] = {}
+  totals: dict[str, Any] = {}
   sums: Sums = {}
   new_state = dict(term_state)
   for n, term in enumerate(terms):
@@ -301,7 +307,7 @@ def other_terms(
 
 def metrics(objective: Objective, sums: Sums, step: Array) -> dict[str, Array]:
   """`loss/<term>`, `weight/<term>` and the schedules shown, at this update."""
-  named = {
+  named: dict[str, Any] = {
     (name if name == "kl_at_1" else f"loss/{name}"): value / _nonzero(weight)
     for name, (value, weight) in sums.items()
   }

@@ -1,21 +1,22 @@
 """What is looked at before the first update, so that no run begins in vain."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from kdjax import errors
-from kdjax.types import Batch, Model
+from kdjax.types import Batch, Model, Variables
 
 
 def check_outputs(
   student: Model,
   teacher: Model | None,
-  variables: PyTree,
-  frozen: PyTree,
+  variables: Variables,
+  frozen: Any,
   batch: Batch,
 ) -> None:
   """Refuses networks that do not fit the data or each other.
@@ -38,7 +39,7 @@ def check_outputs(
 
 
 def _check_teacher(
-  teacher: Model, frozen: PyTree, batch: Batch, num_classes: int
+  teacher: Model, frozen: Any, batch: Batch, num_classes: int
 ) -> None:
   logits = jax.jit(functools.partial(_logits, teacher))(frozen, batch)
   if logits.shape[-1] != num_classes:
@@ -66,5 +67,5 @@ def _check_labels(batch: Batch, num_classes: int) -> None:
     )
 
 
-def _logits(model: Model, variables: PyTree, batch: Batch) -> Array:
+def _logits(model: Model, variables: Variables, batch: Batch) -> Array:
   return model.apply(*variables, batch, train=False)[0].logits

@@ -15,6 +15,7 @@ done, 2 a mistake that the message explains.
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ class Experiment:
     for part in (source, held_out):
       data.check_labels(part)
     self.source, self.held_out = source, held_out
-    channels = source.image_shape[-1]
+    channels = int(source.image_shape[-1] or 0)
     self.teacher, self.student = (
       configuration.model(network, source.num_classes, channels)
       for network in (config.teacher, config.student)
@@ -96,6 +97,8 @@ class Experiment:
       mean=c.mean,
       std=c.std,
       transform=configuration.eval_transform(c),
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     self.example = next(iter(self.eval_batches))
     self.evaluators = {
@@ -181,6 +184,8 @@ class Experiment:
         std=c.data.std,
         augment=configuration.augment(c.data),
         labelled=labelled,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
       ),
       steps=phase.steps,
       evaluate_on=self.eval_batches,
@@ -260,11 +265,11 @@ def main(argv: Sequence[str]) -> int:
   # Orbax and TFDS tell of their progress in the log.
   logging.getLogger().setLevel(logging.ERROR)
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
-    print(__doc__.strip())
+    print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
   try:
     config, workdir = _arguments(argv)
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       # Seeds and restarts run the same programs: compile each of them once.
       folder = Path(workdir).absolute() / "compiled"
       jax.config.update("jax_compilation_cache_dir", str(folder))

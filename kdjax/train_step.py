@@ -7,6 +7,7 @@ The teacher's variables go in and do not come out, so no step can change them.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from kdjax import errors, objective, parallel
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
 
-# (params, stats) of the teacher; () where there is none.
-Frozen = PyTree
+# The teacher's (params, stats); () where there is none.
+Frozen = Any
 TrainStep = Callable[
   [TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]
 ]
@@ -139,7 +140,7 @@ def make_train_step(
     target = None
     if teacher is not None:
       target, _ = teacher.apply(
-        *variables, part, train=False, taps=goal.taps(1)
+        variables[0], variables[1], part, train=False, taps=goal.taps(1)
       )
       target = jax.lax.stop_gradient(target)
     (total, (stats, term_state, sums)), gradients = jax.value_and_grad(
@@ -173,7 +174,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.trained
     )
-    trained = optax.apply_updates(state.trained, updates)
+    trained: Any = optax.apply_updates(state.trained, updates)
     new_state = state.replace(
       step=state.step + 1,
       params=trained["student"],
@@ -246,7 +247,7 @@ def _objective(terms: Objective | Sequence[Term]) -> Objective:
 
 
 def _spec(
-  model: Model, variables: PyTree, batch: Batch, taps: tuple[str, ...]
+  model: Model, variables: Any, batch: Batch, taps: tuple[str, ...]
 ) -> Output:
   apply = functools.partial(model.apply, train=False, taps=taps)
   return jax.eval_shape(apply, *variables, batch)[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, PyTree
 
 from kdjax.errors import UserError as UserError
 
@@ -20,7 +20,8 @@ Batch = Mapping[str, Any]
 
 Params = PyTree
 Stats = PyTree
-Schedule = Callable[[ArrayLike], ArrayLike]  # optax's: update count -> value
+Variables = tuple[Any, Any]  # (params, stats)
+Schedule = Callable[[Any], Any]  # optax's: update count -> value
 ScalarOrSchedule = float | Array | Schedule
 
 

@@ -13,15 +13,13 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The workers of one run share what they compile; the next run starts afresh.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kdjax-test-")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "allow")
-
-# The workers of one run share what they compile; the next run starts afresh.
-_cache = os.environ.setdefault(
-  "KDJAX_TEST_COMPILATION_CACHE", tempfile.mkdtemp(prefix="kdjax-test-")
-)
-jax.config.update("jax_compilation_cache_dir", _cache)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

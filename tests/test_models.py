@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kdjax import adapters, evaluate, models
 from kdjax.errors import UserError
@@ -32,8 +33,10 @@ def variables_of(model, size, channels=3):
   ],
 )
 def test_resnet_has_the_published_number_of_parameters(depth, count):
-  model = network("resnet", depth=depth, num_classes=1000)
-  (params, _), _ = variables_of(model, 224)
+  module = nnx.eval_shape(
+    lambda: models.resnet(depth, num_classes=1000, rngs=nnx.Rngs(0))
+  )
+  params = jax.tree.leaves(nnx.state(module, nnx.Param))
   assert evaluate.num_parameters(params) == count
 
 

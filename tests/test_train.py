@@ -1,6 +1,7 @@
-"""The command line: every config runs, mistakes are one line and exit code 2."""
+"""The command line: every config runs, mistakes are one line and code 2."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from kdjax import checkpoint, parallel, train
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
   """Eight compile many times longer, and other tests split the same step."""
   mesh = parallel.make_mesh(1)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", lambda: mesh)
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,14 @@ def run(config, workdir, data_dir, *more):
       *more,
     ]
   )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+  """The folder of a finished run, which a test may not change."""
+  workdir = tmp_path_factory.mktemp("finished")
+  assert run("digits.py:smoke", workdir, data_dir) == 0
+  return workdir
 
 
 @pytest.mark.parametrize(
@@ -101,28 +112,32 @@ def test_all_configs_are_tried_above():
 
 
 def test_a_second_start_trains_nothing_and_tells_the_same(
-  tmp_path, data_dir, capsys
+  tmp_path, finished, data_dir, capsys
 ):
-  assert run("digits.py:smoke", tmp_path, data_dir) == 0
-  first, results = capsys.readouterr().out, (tmp_path / "results.json")
-  before = results.read_text()
-  assert run("digits.py:smoke", tmp_path, data_dir) == 0
-  again = capsys.readouterr()
-  assert again.out == first
-  assert results.read_text() == before
-  assert again.err.count("nothing to train") == 3
+  workdir = tmp_path / "again"
+  shutil.copytree(finished, workdir)
+  before = (workdir / "results.json").read_text()
+  assert run("digits.py:smoke", workdir, data_dir) == 0
+  assert capsys.readouterr().err.count("nothing to train") == 3
+  assert (workdir / "results.json").read_text() == before
   # More seeds may be added to what is there.
-  assert run("digits.py:smoke", tmp_path, data_dir, "--config.seeds=2") == 0
-  assert "2 seeds" in capsys.readouterr().out
+  assert run("digits.py:smoke", workdir, data_dir, "--config.seeds=2") == 0
+  told = capsys.readouterr()
+  assert told.err.count("nothing to train") == 3
+  assert "2 seeds" in told.out
+  results = json.loads((workdir / "results.json").read_text())
+  assert results["seeds"][0] == json.loads(before)["seeds"][0]
 
 
-def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, data_dir):
-  assert run("digits.py:smoke", tmp_path / "a", data_dir) == 0
-  teacher = tmp_path / "a" / "seed_0" / "teacher"
+def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
+  teacher = finished / "seed_0" / "teacher"
   named = f"--config.teacher.checkpoint={teacher}"
-  assert run("digits.py:smoke", tmp_path / "b", data_dir, named) == 0
-  assert not (tmp_path / "b" / "seed_0" / "teacher").exists()
-  a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
+  assert run("digits.py:smoke", tmp_path, data_dir, named) == 0
+  assert not (tmp_path / "seed_0" / "teacher").exists()
+  a, b = (
+    json.loads((folder / "results.json").read_text())
+    for folder in (finished, tmp_path)
+  )
   assert a["teacher"] == b["teacher"]
   assert a["student_distilled"] == b["student_distilled"]
 
@@ -170,20 +185,16 @@ def test_mistakes_are_one_line_and_leave_no_folder(
   assert not workdir.exists()
 
 
-def test_a_folder_of_another_config_is_refused(tmp_path, data_dir, capsys):
-  assert run("digits.py:smoke", tmp_path, data_dir) == 0
-  capsys.readouterr()
+def test_a_folder_of_another_config_is_refused(finished, data_dir, capsys):
   changed = "--config.alpha=0.5"
-  assert run("digits.py:smoke", tmp_path, data_dir, changed) == 2
+  assert run("digits.py:smoke", finished, data_dir, changed) == 2
   assert "made by another config (differs in alpha)" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_shapes_lists_every_mismatch(
-  tmp_path, data_dir, capsys
+  tmp_path, finished, data_dir, capsys
 ):
-  assert run("digits.py:smoke", tmp_path / "a", data_dir) == 0
-  capsys.readouterr()
-  student = tmp_path / "a" / "seed_0" / "student_alone"
+  student = finished / "seed_0" / "student_alone"
   named = f"--config.teacher.checkpoint={student}"
   assert run("digits.py:smoke", tmp_path / "b", data_dir, named) == 2
   error = capsys.readouterr().err

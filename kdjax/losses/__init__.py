@@ -18,7 +18,7 @@ To add a loss, touch three files:
 from collections.abc import Callable
 from typing import Any
 
-from kdjax.losses.alpha_beta import alpha_beta
+from kdjax.losses.ab_divergence import alpha_beta
 from kdjax.losses.batchwise import dist, multi_level
 from kdjax.losses.divergences import (
   jeffreys,

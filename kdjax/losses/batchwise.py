@@ -7,6 +7,7 @@ belongs to the batch as a whole is repeated for each. Under `jax.jit` the batch
 is the global one, whatever the sharding; under `jax.pmap` it is a device's.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Shaped
 
@@ -96,9 +97,10 @@ def multi_level(
   rows, exists = _rows(student, teacher, temperature, where)
   p = jnp.where(exists[:, None], rows.p, 0.0)
   q = jnp.where(exists[:, None], rows.q, 0.0)
-  of_batch = jnp.sum((p @ p.T - q @ q.T) ** 2, axis=1)
+  of_batch = jnp.sum((_gram(p) - _gram(q)) ** 2, axis=1)
   num_classes = jnp.sum(jnp.any(rows.where & exists[:, None], axis=0))
-  of_classes = jnp.sum((p.T @ p - q.T @ q) ** 2) / jnp.maximum(num_classes, 1)
+  of_classes = jnp.sum((_gram(p.T) - _gram(q.T)) ** 2)
+  of_classes /= jnp.maximum(num_classes, 1)
   loss = batch_weight * of_batch + class_weight * of_classes
   return _own(loss, rows, exists).reshape(jnp.shape(student)[:-1])
 
@@ -106,15 +108,21 @@ def multi_level(
 def _rows(
   student: Array, teacher: Array, temperature: ArrayLike, where: Array | None
 ) -> tuple[Softened, Array]:
-  """The distributions as rows, and which rows exist; the others hold zeros."""
+  """The distributions as rows, and which rows exist."""
   batch = jnp.shape(student)[:-1]
   exists = jnp.ones(batch, bool) if where is None else jnp.asarray(where, bool)
   # Zeros before the softmax: a NaN in a row that does not exist would come back
-  # in the gradient of any `where` that comes after.
+  # in the student's gradient through any `where` that comes after.
   student = jnp.where(exists[..., None], student, 0.0)
   rows = soften(student, teacher, temperature)
   flat = [x.reshape(-1, x.shape[-1]) for x in rows]
   return Softened(*flat), exists.reshape(-1)
+
+
+def _gram(x: Array) -> Array:
+  # GPUs and TPUs multiply in fewer bits by default, and what counts here is the
+  # small difference of two products.
+  return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _own(loss: ArrayLike, rows: Softened, exists: Array) -> Array:

@@ -130,7 +130,7 @@ def log_sum_exp(
   values: Float32[Array, "*batch classes"],
   where: Bool[Array, "*batch classes"],
 ) -> Float32[Array, "*batch"]:
-  """log Σ exp(values) over `where`; where that is empty, a finite number."""
+  """log Σ exp(values) over `where`; -inf where that is empty."""
   total = _peak(values, where) + _log_sum(_below_peak(values, where), where)
   return total[..., 0]
 
@@ -164,20 +164,13 @@ def target(
 
 def _peak(values: Array, where: Array) -> Array:
   peak = jnp.max(values, axis=-1, where=where, initial=-jnp.inf, keepdims=True)
-  some = jnp.any(where, axis=-1, keepdims=True)
-  return jax.lax.stop_gradient(jnp.where(some, peak, 0.0))
+  return jax.lax.stop_gradient(peak)
 
 
 def _below_peak(values: Array, where: Array) -> Array:
-  # `values` is -inf at places outside `where`, and so never in the difference.
-  return jnp.where(
-    where, jnp.where(where, values, 0.0) - _peak(values, where), 0.0
-  )
+  return jnp.where(where, values - _peak(values, where), 0.0)
 
 
 def _log_sum(values: Array, where: Array) -> Array:
   total = jnp.sum(jnp.exp(values), axis=-1, where=where, keepdims=True)
-  # An empty support becomes NaN in `class_sum`. Here it stays finite, so that
-  # an example without weight sends no NaN back through log 0.
-  some = jnp.any(where, axis=-1, keepdims=True)
-  return jnp.log(jnp.where(some, total, 1.0))
+  return jnp.log(total)

@@ -189,7 +189,8 @@ class LargeStem(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     x = nnx.relu(self.layer(x))
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    both_sides: Any = ((1, 1), (1, 1))  # nnx declares only the names
+    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=both_sides)
 
 
 def resnet_cifar(

@@ -114,6 +114,15 @@ def test_rounding_of_a_constant_row_is_not_a_correlation():
   np.testing.assert_array_equal(gradient, 0)
 
 
+def test_gram_matrices_are_multiplied_in_full_precision():
+  # On a CPU the default is full precision too, and no value would tell.
+  program = jax.make_jaxpr(losses.multi_level)(STUDENT, TEACHER)
+  products = [e for e in program.eqns if e.primitive.name == "dot_general"]
+  assert len(products) == 4
+  for product in products:
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
 def test_a_single_example_correlates_with_nothing():
   values, gradient, _ = oracle.compiled(losses.dist)(STUDENT[:1], TEACHER[:1])
   oracle.close(

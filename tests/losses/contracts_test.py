@@ -37,9 +37,11 @@ def arguments(name, student=STUDENT, teacher=TEACHER, labels=LABELS):
 
 def evaluate(name, *args, **kwargs):
   """Values and the student's gradient, compiled."""
-  values, gradient, _ = oracle.compiled(LOGIT_LOSSES[name])(
+  values, gradient, d_temperature = oracle.compiled(LOGIT_LOSSES[name])(
     *arguments(name, *args), **kwargs
   )
+  # No input here may spoil one gradient alone.
+  assert np.isfinite(d_temperature) == np.isfinite(gradient).all()
   return np.asarray(values), np.asarray(gradient)
 
 

@@ -69,10 +69,7 @@ def compiled(loss, **static):
     values = loss(student, *others, **hparams, **static)
     return jnp.sum(values), values
 
-  gradient = jax.jit(
-    jax.value_and_grad(total, argnums=(0, 1), has_aux=True),
-    compiler_options={"xla_backend_optimization_level": 0},  # compiles sooner
-  )
+  gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
 
   def run(student, *others, temperature=1.0, **hparams):
     (_, values), slopes = gradient(

@@ -1,0 +1,136 @@
+"""The texts: their Python runs, their commands parse, what they name exists."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from kdjax import config, losses, parallel, train
+
+ROOT = Path(__file__).parents[1]
+READMES = ["README.md", "README.zh.md"]
+TEXTS = [
+  *READMES,
+  "CHANGELOG.md",
+  "CONTRIBUTING.md",
+  *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))),
+]
+RUN = "python -m kdjax.train "
+
+
+def read(name):
+  return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+  """(line, text) of each fenced block of a language."""
+  # Every block is matched, so that no closing fence counts as an opening one.
+  found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+  return [
+    (text[: m.start(2)].count("\n"), m[2]) for m in found if m[1] == language
+  ]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_python_of_the_readme_runs(name, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+  # Eight devices compile longer, and other tests split the same step.
+  mesh = parallel.make_mesh(1)
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  examples = blocks(read(name), "python")
+  assert examples
+  names = {"__name__": "readme"}  # later blocks use the names of earlier ones
+  for line, code in examples:
+    # Errors then point into the text.
+    exec(compile("\n" * line + code, name, "exec"), names)
+  # What the reader is shown is what the example is for.
+  accuracy, agreement = map(float, capsys.readouterr().out.split()[:2])
+  assert accuracy > 0.7
+  assert agreement > 0.7
+
+
+def test_both_readmes_have_the_same_first_example():
+  first, translated = (blocks(read(name), "python")[0][1] for name in READMES)
+  comment = re.compile(r"#.*")
+  assert comment.sub("", translated) == comment.sub("", first)
+
+
+def table_of_losses():
+  """{name: power} as README.md has them."""
+  rows = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in read("README.md").splitlines()
+    if line.startswith("|")
+  ]
+  head = next(row for row in rows if row[0] == "loss")
+  found = {}
+  for row in rows[rows.index(head) + 2 :]:
+    assert len(row) == len(head), row
+    name = row[0].strip("`")
+    assert name not in found
+    found[name] = int(row[head.index("power")])
+  return found
+
+
+def test_table_has_every_loss_and_its_power_of_t():
+  assert table_of_losses() == {
+    name: losses.traits(loss).power
+    for name, loss in losses.LOGIT_LOSSES.items()
+  }
+
+
+def commands():
+  return [
+    (name, line[line.index(RUN) :].split("#")[0].strip())
+    for name in TEXTS
+    for _, block in blocks(read(name), "")
+    for line in block.splitlines()
+    if RUN in line
+  ]
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_commands_name_configs_and_keys_that_exist(name, command, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  arguments = shlex.split(command.removeprefix("python -m "))
+  values, workdir = train._arguments(arguments)
+  assert workdir.startswith("runs/")
+  config.check_keys(values)
+  config.goal(values)
+
+
+def test_the_two_first_commands():
+  for name in READMES:
+    _, first = blocks(read(name), "")[0]
+    lines = [line.split("#")[0].rstrip() for line in first.splitlines()]
+    assert lines == [
+      f"pip install -e . && {RUN}"
+      "--config=configs/digits.py --workdir=runs/digits",
+      "pip install -e '.[test]' && pytest",
+    ]
+
+
+def test_extras_exist():
+  project = tomllib.loads(read("pyproject.toml"))["project"]
+  named = {
+    e for name in TEXTS for e in re.findall(r"'\.\[(\w+)\]'", read(name))
+  }
+  assert {"test", "dev", "tpu", "cuda"} <= named
+  assert named <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_files_named_exist(name):
+  text = read(name)
+  links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+  near = [x for x in links if not re.match(r"\w+:", x)]
+  missing = [x for x in near if not ((ROOT / name).parent / x).exists()]
+  top = r"(?:kdjax|configs|tests|docs|benchmarks|\.ci)"
+  prose = re.sub(r"\]\(.*?\)", "]", text)
+  named = re.findall(rf"(?<![\w/.]){top}/[\w./-]*\w", prose)
+  named += re.findall(r"`([\w.]+\.(?:md|toml))`", text)
+  missing += [x for x in named if not (ROOT / x).exists()]
+  assert not missing
