@@ -181,6 +181,11 @@ def test_nkd_becomes_two_terms_with_their_own_powers():
   np.testing.assert_allclose(evaluated(goal)[0], want.mean(), rtol=1e-5)
 
 
+def test_a_transformed_nkd_is_refused_as_one_term():
+  with pytest.raises(UserError, match="two powers of T"):
+    hinton(alpha=0.1, soft=losses.zscore(losses.nkd))
+
+
 def test_further_terms_are_added_by_their_weight_alone():
   extra = Term("tv", losses.total_variation, 0.5, temperature=1.0)
   goal = hinton(alpha=0.1, temperature=2.0) + [extra]

@@ -159,7 +159,8 @@ def target(
       f"labels are {labels.dtype} of shape {labels.shape}, must be integers of "
       f"shape {where.shape[:-1]}: give one class number an example"
     )
-  return (labels[..., None] == jnp.arange(where.shape[-1])) & where
+  classes = jax.lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1)
+  return (labels[..., None] == classes) & where
 
 
 def _peak(values: Array, where: Array) -> Array:
