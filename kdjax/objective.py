@@ -293,7 +293,7 @@ def other_terms(
       ours, theirs = term.taps
       values = term.loss(
         student.taps[ours],
-        jax.lax.stop_gradient(teacher.taps[theirs]),
+        teacher.taps[theirs],
         **hparams,
       )
     value = jnp.sum(rows * jnp.where(rows > 0, values, 0.0))

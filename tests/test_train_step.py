@@ -97,8 +97,13 @@ def test_the_teacher_is_an_argument_and_no_constant():
   assert jax.tree.structure(out) == jax.tree.structure(state)
 
 
-def test_a_teacher_of_its_own_gradient_gets_none():
-  student, terms, tx = networks.bare(), hinton(alpha=0.1), optax.sgd(0.1)
+def test_no_gradient_reaches_the_teacher_by_any_term():
+  def gap(student, teacher):  # stops no gradient by itself
+    return jnp.mean(teacher**2, -1) - jnp.mean(student**2, -1)
+
+  hint = Term("hint", gap, taps=("hidden", "hidden"))
+  student, tx = networks.bare(), optax.sgd(0.1)
+  terms = hinton(alpha=0.1) + [hint]
   step = make_train_step(student, TEACHER, terms, tx)
   state = start(student, terms, tx)
 
