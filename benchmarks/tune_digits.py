@@ -36,7 +36,8 @@ def config_for(phase: str, rate: float, **changes: float):
   if "decay" in changes:
     optimizer.weight_decay = changes["decay"]
   if "temperature" in changes:
-    c.temperature = changes["temperature"]
+    c.temperature.init_value = changes["temperature"]
+    c.temperature.end_value = changes["temperature"]
   return c
 
 

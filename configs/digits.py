@@ -79,7 +79,13 @@ def get_config(arg: str = "") -> ConfigDict:
   c.alpha = 0.1
   c.hard_weight = None
   c.soft_weight = None
-  c.temperature = 2.0
+  # Tuned at a constant T; an end_value of its own makes it move.
+  c.temperature = dict(
+    schedule="linear_schedule",
+    init_value=2.0,
+    end_value=2.0,
+    transition_steps=c.phases.distilled.steps,
+  )
   c.hard = dict(name="cross_entropy", label_smoothing=0.0)
   c.soft = dict(name="kl")
   c.terms = ConfigDict()

@@ -21,6 +21,15 @@ from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Schedule
 
 _PHASE = {"steps": int, "microbatches": int, "optimizer": ...}
+_AT_LEAST_ONE = {
+  "seeds",
+  "steps",
+  "microbatches",
+  "batch_size",
+  "eval_batch_size",
+  "save_every",
+  "keep_last",
+}
 KEYS: dict[str, Any] = {
   "seed": int,
   "seeds": int,
@@ -81,6 +90,11 @@ def check_keys(
       ):
         raise errors.UserError(
           f"{at}.{name} is {value!r}, must be a {kind.__name__}"
+        )
+      least = 1 if name in _AT_LEAST_ONE else 0
+      if isinstance(value, int | float) and value < least:
+        raise errors.UserError(
+          f"{at}.{name} is {value}, must be at least {least}"
         )
 
 

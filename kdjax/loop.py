@@ -105,6 +105,10 @@ def distill(
   """
   mesh = mesh or parallel.make_mesh()
   optimizer = optimizer or optax.adamw(1e-3)
+  if steps < 1 or save_every < 1:
+    raise errors.UserError(
+      f"got steps={steps}, save_every={save_every}: both must be at least 1"
+    )
   goal = _goal(terms, teacher)
   objective.check(goal, steps, has_teacher=teacher is not None)
   feed = Feed(train)

@@ -211,13 +211,8 @@ def logit_terms(
   totals: dict[str, Any] = {}
   sums: Sums = {}
   for term in terms:
-    rows = row_weights(term, batch)
-    value = jnp.sum(rows * _per_example(term, student, teacher, batch, step))
-    share = schedules.schedule(term.weight)(step) / _nonzero(
-      divide_by[term.name]
-    )
-    totals[term.group] = totals.get(term.group, 0.0) + share * value
-    sums[term.name] = (value, rows.sum())
+    values = _per_example(term, student, teacher, batch, step)
+    _add(term, values, batch, divide_by, step, totals, sums)
   if teacher is not None:
     rows = jnp.asarray(batch["mask"], jnp.float32)
     kl = Term("kl_at_1", losses.kl)
@@ -275,7 +270,6 @@ def other_terms(
   sums: Sums = {}
   new_state = dict(term_state)
   for n, term in enumerate(terms):
-    rows = row_weights(term, batch)
     hparams = _hparams(term, step)
     if term.init is not None:
       values, new_state[term.name] = term.loss(
@@ -296,13 +290,26 @@ def other_terms(
         teacher.taps[theirs],
         **hparams,
       )
-    value = jnp.sum(rows * jnp.where(rows > 0, values, 0.0))
-    share = schedules.schedule(term.weight)(step) / _nonzero(
-      divide_by[term.name]
-    )
-    totals[term.group] = totals.get(term.group, 0.0) + share * value
-    sums[term.name] = (value, rows.sum())
+    _add(term, values, batch, divide_by, step, totals, sums)
   return totals, sums, new_state
+
+
+def _add(
+  term: Term,
+  values: Float[Array, " *batch"],
+  batch: Batch,
+  divide_by: Mapping[str, Array],
+  step: Array,
+  totals: dict[str, Any],
+  sums: Sums,
+) -> None:
+  """Puts the masked sum of a term into `sums`, its share into `totals`."""
+  rows = row_weights(term, batch)
+  value = jnp.sum(rows * jnp.where(rows > 0, values, 0.0))
+  weight = schedules.schedule(term.weight)(step)
+  share = weight * value / _nonzero(divide_by[term.name])
+  totals[term.group] = totals.get(term.group, 0.0) + share
+  sums[term.name] = (value, rows.sum())
 
 
 def metrics(objective: Objective, sums: Sums, step: Array) -> dict[str, Array]:

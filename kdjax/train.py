@@ -72,6 +72,8 @@ class Experiment:
     held_out = data.load(c.name, c.eval_split, data_dir=c.data_dir or None)
     for part in (source, held_out):
       data.check_labels(part)
+    if c.labelled:
+      data.labelled_mask(source, c.labelled, seed=config.seed)
     self.source, self.held_out = source, held_out
     channels = int(source.image_shape[-1] or 0)
     self.teacher, self.student = (

@@ -203,6 +203,8 @@ def nan_teacher():
       "labels run from 5 to 5, the student has 5 classes",
     ),
     (dict(keep_last=0), "keep_last=0"),
+    (dict(steps=0), "got steps=0"),
+    (dict(save_every=0), "save_every=0"),
   ],
 )
 def test_mistakes_are_told_and_leave_nothing_behind(tmp_path, changes, says):

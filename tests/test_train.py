@@ -146,8 +146,9 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
   ("more", "says"),
   [
     ("--config.temprature=3", 'Did you mean "temperature"'),
-    ("--config.temperature=hot", "could not convert string to float"),
-    ("--config.temperature=0.0", "temperature of 'soft' is 0 at update 0"),
+    ("--config.alpha=most", "could not convert string to float"),
+    ("--config.temperature.init_value=0.0", "of 'soft' is 0 at update 0"),
+    ("--config.temperature.end_value=-1.0", "temperature of 'soft' is"),
     ("--config.alpha=1.5", "alpha is 1.5 at update 0"),
     ("--confg=3", "Unknown command line flag 'confg'"),
     ("--config.soft.name=klx", "unknown loss of soft 'klx': did you mean 'kl'"),
@@ -166,7 +167,12 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
     ("--config.data.name=digitz", "did you mean 'digits'"),
     ("--config.data.train_split=trian", "digits has no split 'trian'"),
     ("--config.data.train_split=train[:0]", "holds no example"),
-    ("--config.data.batch_size=0", "batch_size is 0"),
+    ("--config.data.batch_size=0", "batch_size is 0, must be at least 1"),
+    ("--config.data.labelled=5000", "5000"),
+    ("--config.data.mixup=-1.0", "mixup is -1.0, must be at least 0"),
+    ("--config.seeds=0", "seeds is 0, must be at least 1"),
+    ("--config.save_every=0", "save_every is 0, must be at least 1"),
+    ("--config.phases.alone.steps=0", "steps is 0, must be at least 1"),
     ("--config.phases.alone.microbatches=3", "divisible by"),
     ("--config.teacher.checkpoint=/nowhere", "no checkpoint in /nowhere"),
     ("--config.student.dtype=float8", "unknown dtype 'float8'"),
@@ -202,6 +208,15 @@ def test_a_teacher_of_other_shapes_lists_every_mismatch(
   assert "params/classifier/kernel is float32[16,10], needs" in error
   assert error.count("\n") == 1
   assert not (tmp_path / "b").exists()
+
+
+def test_a_loss_that_diverges_is_told_with_its_step(tmp_path, data_dir, capsys):
+  far = "--config.phases.teacher.optimizer.learning_rate.peak_value=1e30"
+  assert run("digits.py:smoke", tmp_path, data_dir, far) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("kdjax: ")
+  assert "not finite at step 3" in error
+  assert not (tmp_path / "results.json").exists()
 
 
 def written(tmp_path, text):

@@ -1,5 +1,4 @@
 import functools
-import io
 import subprocess
 import sys
 
@@ -7,38 +6,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from tfds_folder import encode, picture, write
 
 from kdjax import data
 from kdjax.types import UserError
-
-
-def picture(index, shape):
-  return np.random.default_rng(index).integers(0, 256, shape, np.uint8)
-
-
-def encode(image, form):
-  stream = io.BytesIO()
-  PIL.Image.fromarray(image).save(stream, form)
-  return stream.getvalue()
-
-
-def write(root, name, version, features, splits, file_format="array_record"):
-  """Writes what TFDS would have, from bytes already encoded: no TensorFlow."""
-
-  def info(self):
-    feature = tfds.features.FeaturesDict(features)
-    return tfds.core.DatasetInfo(builder=self, features=feature)
-
-  body = {
-    "VERSION": tfds.core.Version(version),
-    "_info": info,
-    "_split_generators": lambda self, dl_manager: splits,
-    "_generate_examples": lambda self: None,
-    "__module__": __name__,
-  }
-  with tfds.core.registered.skip_registration():
-    made = type(name, (tfds.core.GeneratorBasedBuilder,), body)
-  made(data_dir=root, file_format=file_format).download_and_prepare()
 
 
 @pytest.fixture(scope="module")
