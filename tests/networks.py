@@ -44,15 +44,17 @@ def bare(width=8):
 
 
 class NnxNet(nnx.Module):
-  def __init__(self, rngs, norm=False, axis_name=None):
+  def __init__(self, rngs, norm=False, axis_name=None, dropout=0.0):
     self.first = nnx.Linear(FEATURES, 8, rngs=rngs)
     self.norm = (
       nnx.BatchNorm(8, axis_name=axis_name, rngs=rngs) if norm else None
     )
+    self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
     self.last = nnx.Linear(8, CLASSES, rngs=rngs)
 
   def __call__(self, x):
     x = self.first(x)
+    x = x if self.dropout is None else self.dropout(x)
     x = x if self.norm is None else self.norm(x)
     return self.last(jnp.tanh(x))
 
