@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32
 
-from kdjax.losses.softmax import class_sum, logit_loss, soften
+from kdjax.losses.softmax import (
+  class_sum,
+  logit_loss,
+  relative_entropy,
+  soften,
+)
 from kdjax.types import UserError
 
 
@@ -34,8 +39,8 @@ def kl(
   Source: Hinton et al. 2015, arXiv 1503.02531, section 2, where the objective
     has the cross-entropy: it differs by the teacher's entropy, a constant.
   """
-  log_p, log_q, p, _, where = soften(student, teacher, temperature)
-  return class_sum(p * (log_p - log_q), where)
+  log_p, log_q, _, _, where = soften(student, teacher, temperature)
+  return relative_entropy(log_p, log_q, where)
 
 
 @logit_loss(power=2)
@@ -52,8 +57,8 @@ def reverse_kl(
   Source: MiniLLM, Gu et al. 2023, arXiv 2306.08543, section 2.1, here between
     the distributions of one token and not of whole sequences.
   """
-  log_p, log_q, _, q, where = soften(student, teacher, temperature)
-  return class_sum(q * (log_q - log_p), where)
+  log_p, log_q, _, _, where = soften(student, teacher, temperature)
+  return relative_entropy(log_q, log_p, where)
 
 
 @logit_loss(power=2)

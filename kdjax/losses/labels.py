@@ -14,6 +14,7 @@ from kdjax.losses.softmax import (
   log_sum_exp,
   logit_loss,
   over_common_support,
+  relative_entropy,
   target,
 )
 from kdjax.types import UserError
@@ -109,7 +110,7 @@ def dkd(
   tckd += jnp.exp(log_rest_p) * (log_rest_p - log_rest_q)
   log_p = log_softmax(teacher, temperature, others)
   log_q = log_softmax(student, temperature, others)
-  nckd = class_sum(jnp.exp(log_p) * (log_p - log_q), others)
+  nckd = relative_entropy(log_p, log_q, others)
   return _at_labels(target_weight * tckd + nontarget_weight * nckd, at_label)
 
 

@@ -8,6 +8,7 @@ from kdjax.losses.softmax import (
   log_softmax,
   logit_loss,
   over_common_support,
+  relative_entropy,
   soften,
 )
 
@@ -97,4 +98,4 @@ def _transformed_kl(
 ) -> Array:
   powered = jnp.asarray(exponent, jnp.float32) * log_p
   log_target = log_softmax(powered, 1.0, where)
-  return class_sum(jnp.exp(log_target) * (log_target - log_q), where)
+  return relative_entropy(log_target, log_q, where)

@@ -144,6 +144,28 @@ def class_sum(
   return jnp.where(jnp.any(where, axis=-1), total, jnp.nan)
 
 
+def relative_entropy(
+  log_a: Float32[Array, "*batch classes"],
+  log_b: Float32[Array, "*batch classes"],
+  where: Bool[Array, "*batch classes"],
+) -> Float32[Array, "*batch"]:
+  """KL(a‖b) = Σ a (e^d − 1 − d), d = log b − log a, of two distributions.
+
+  The added Σ (b − a) is 0, and no term is negative. Σ a (log a − log b) itself
+  is a small difference of large terms where a and b are close, as at high T:
+  at T = 20 it keeps five digits of float32's seven.
+  """
+  d = log_b - log_a
+  near = jnp.abs(d) < 0.5
+  x = jnp.where(near, d, 0.0)
+  series = 1 / 5040 + x / 40320
+  for factorial in (720, 120, 24, 6, 2):
+    series = 1 / factorial + x * series
+  a = jnp.exp(log_a)
+  apart = jnp.exp(log_b) - a - a * d
+  return class_sum(jnp.where(near, a * x * x * series, apart), where)
+
+
 def target(
   labels: Integer[Array, "*batch"], where: Bool[Array, "*batch classes"]
 ) -> Bool[Array, "*batch classes"]:

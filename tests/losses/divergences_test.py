@@ -227,3 +227,20 @@ def test_jsd_sends_no_gradient_to_its_mix():
 def test_a_share_out_of_range_is_refused(loss, hparams, message):
   with pytest.raises(UserError, match=message):
     loss(jnp.float32(STUDENT), jnp.float32(TEACHER), **hparams)
+
+
+@pytest.mark.parametrize("temperature", [20.0, 100.0])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl"])
+def test_close_distributions_keep_their_digits(name, temperature):
+  draw = np.random.default_rng(3)
+  student, teacher = np.float32(draw.normal(size=(2, 16, 50)) * 3)
+  log_p, log_q = (
+    np.float64(z) / temperature
+    - np.log(np.exp(np.float64(z) / temperature).sum(-1, keepdims=True))
+    for z in (teacher, student)
+  )
+  if name == "reverse_kl":
+    log_p, log_q = log_q, log_p
+  want = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+  got = getattr(losses, name)(student, teacher, temperature=temperature)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
