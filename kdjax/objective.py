@@ -36,7 +36,8 @@ class Term:
     weight: a number or a schedule.
     temperature: T > 0, a number or a schedule, for a loss that takes it; of
       several, the term is the mean over them, each after its own scale.
-    hparams: the loss's other arguments. Numbers and schedules are traced.
+    hparams: the loss's other arguments. Schedules are evaluated at each update;
+      whatever else stays a constant of the compiled step.
     group: what the term's gradient counts as, for optimizers that treat the
       labels' and the teacher's gradients apart.
     taps: the names of the student's and the teacher's activation.

@@ -74,7 +74,7 @@ class Experiment:
       data.check_labels(part)
     if c.labelled:
       data.labelled_mask(source, c.labelled, seed=config.seed)
-    self.source, self.held_out = source, held_out
+    self.source = source
     channels = int(source.image_shape[-1] or 0)
     self.teacher, self.student = (
       configuration.model(network, source.num_classes, channels)
@@ -243,9 +243,11 @@ def _claim(workdir: Path, config: Any) -> None:
         f"{workdir} was made by another config (differs in "
         f"{', '.join(differing)}): use a new --workdir, or the old config"
       )
-  elif workdir.exists() and any(
-    p.name != "compiled" for p in workdir.iterdir()
-  ):
+  # A start that was killed leaves these two before there is a config.json.
+  elif workdir.exists() and {p.name for p in workdir.iterdir()} - {
+    "compiled",
+    "config.json.part",
+  }:
     raise errors.UserError(
       f"{workdir} is not empty and has no config.json: use a new --workdir"
     )

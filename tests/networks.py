@@ -81,3 +81,9 @@ def teacher(seed=9):
   """A wider bare network and its variables."""
   model = bare(16)
   return model, model.init(jax.random.key(seed), batch(1))
+
+
+def softmax(z):
+  """In NumPy, of the last axis: the oracle's."""
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)

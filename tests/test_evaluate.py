@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from networks import softmax
 
 from kdjax import parallel
 from kdjax.errors import UserError
@@ -12,11 +13,6 @@ from kdjax.evaluate import finish, make_evaluate, sums
 RNG = np.random.default_rng(1)
 S, T = RNG.normal(size=(2, 40, 5)) * 2
 LABEL = RNG.integers(0, 5, 40)
-
-
-def softmax(z):
-  e = np.exp(z - z.max(-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)
 
 
 def expected(s, t, label):

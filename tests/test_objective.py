@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from networks import softmax
 
 from kdjax import losses, objective
 from kdjax.errors import UserError
@@ -13,11 +14,6 @@ from kdjax.objective import Objective, Term, hinton
 RNG = np.random.default_rng(0)
 S, T = RNG.normal(size=(2, 6, 5)) * 2
 LABEL = RNG.integers(0, 5, 6)
-
-
-def softmax(z):
-  e = np.exp(z - z.max(-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)
 
 
 def kl(s, t, temperature):

@@ -197,6 +197,20 @@ def test_a_folder_of_another_config_is_refused(finished, data_dir, capsys):
   assert "made by another config (differs in alpha)" in capsys.readouterr().err
 
 
+def test_a_start_killed_before_its_config_was_whole_goes_on(
+  tmp_path, data_dir, monkeypatch, capsys
+):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  (tmp_path / "config.json.part").write_text("{")
+  (tmp_path / "compiled").mkdir()
+  monkeypatch.setattr(train.Experiment, "run", stop)
+  assert run("digits.py:smoke", tmp_path, data_dir) == 130
+  assert "the same command goes on" in capsys.readouterr().err
+  assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 1
+
+
 def test_a_teacher_of_other_shapes_lists_every_mismatch(
   tmp_path, finished, data_dir, capsys
 ):
