@@ -21,6 +21,9 @@ from kdjax.types import Batch, Model, Output, Params, Stats
 
 Inputs = Callable[[Batch], Array]
 
+# Asked for as `taps`, a network returns all that it names.
+ALL_TAPS = ("*",)
+
 
 def _image(batch: Batch) -> Array:
   return batch["image"]
@@ -170,6 +173,24 @@ def from_linen(
   return Model(_run_once(init), apply)
 
 
+def tap_specs(
+  model: Model, variables: Any, batch: Batch
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+  """The taps of a model and their shapes; nothing is computed.
+
+  Args:
+    model: one of `from_nnx` or `from_linen`.
+    variables: `(params, stats)`, or their shapes.
+    batch: an example batch, or its shapes.
+  """
+
+  def all_taps(variables: Any, batch: Batch) -> Mapping[str, Array]:
+    output, _ = model.apply(*variables, batch, train=False, taps=ALL_TAPS)
+    return output.taps
+
+  return jax.eval_shape(all_taps, variables, batch)
+
+
 def cast(tree: Any, dtype: Any) -> Any:
   """`tree` with its floating arrays in `dtype`: halves a bfloat16 teacher."""
 
@@ -197,10 +218,14 @@ def _output(
   returned: Any, inner: Mapping[str, Array], taps: tuple[str, ...]
 ) -> Output:
   own = returned if isinstance(returned, Output) else Output(returned)
+  if taps == ALL_TAPS:
+    # What submodules return is too long a list to choose from where the network
+    # names taps of its own.
+    return Output(own.logits, own.taps or inner)
   there = {**inner, **own.taps}
   for name in taps:
     if name not in there:
-      raise errors.unknown("tap", name, there)
+      raise errors.unknown("tap", name, own.taps or inner)
   return Output(own.logits, {name: there[name] for name in taps})
 
 

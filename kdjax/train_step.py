@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, objective, parallel
+from kdjax import errors, parallel, totals
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
 
@@ -57,7 +57,7 @@ def init_state(
     for n, term in enumerate(owners):
       assert term.init is not None
       term_params[term.name], term_state[term.name] = term.init(
-        jax.random.fold_in(term_key, n), ours, theirs
+        jax.random.fold_in(term_key, n), *totals.sides(term, ours, theirs)
       )
   trained = {"student": params, "terms": term_params}
   return TrainState(
@@ -83,6 +83,7 @@ def make_train_step(
   shown: Mapping[str, Schedule] | None = None,
   axis_name: str | None = None,
   synced_stats: bool = False,
+  gradients_by_group: bool = False,
 ) -> TrainStep:
   """The step for `jit_step`, or with `axis_name` for `pmap_step`.
 
@@ -101,6 +102,8 @@ def make_train_step(
     axis_name: the axis of `jax.pmap`; None under `jax.jit`.
     synced_stats: under pmap, the network's batch statistics are averaged over
       `axis_name` by itself, hence equal on all devices.
+    gradients_by_group: the optimizer also gets `{group: gradient}` as the
+      argument `by_group`, at one backward pass for each group.
 
   Raises:
     UserError: under pmap, naming terms that couple examples (each device would
@@ -117,10 +120,10 @@ def make_train_step(
     output, stats = student.apply(
       trained["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
     )
-    totals, sums = objective.logit_terms(
+    grouped, sums = totals.logit_terms(
       logit, output.logits, target and target.logits, batch, divide_by, step
     )
-    more, more_sums, term_state = objective.other_terms(
+    more, more_sums, term_state = totals.other_terms(
       other,
       output,
       target,
@@ -131,9 +134,10 @@ def make_train_step(
       term_state,
       jax.random.fold_in(key, 1),
     )
-    groups = {g: totals.get(g, 0) + more.get(g, 0) for g in {**totals, **more}}
-    total = functools.reduce(jnp.add, groups.values())
-    return total, (stats, term_state, {**sums, **more_sums})
+    groups = {
+      g: grouped.get(g, 0) + more.get(g, 0) for g in {**grouped, **more}
+    }
+    return groups, (stats, term_state, {**sums, **more_sums})
 
   def part_step(state, variables, divide_by, part, stats, term_state, key):
     """Gradients and sums of one microbatch."""
@@ -143,11 +147,20 @@ def make_train_step(
         variables[0], variables[1], part, train=False, taps=goal.taps(1)
       )
       target = jax.lax.stop_gradient(target)
-    (total, (stats, term_state, sums)), gradients = jax.value_and_grad(
-      loss_fn, has_aux=True
-    )(
-      state.trained, stats, term_state, state.step, target, part, divide_by, key
+    groups, pull_back, (stats, term_state, sums) = jax.vjp(
+      lambda trained: loss_fn(
+        trained, stats, term_state, state.step, target, part, divide_by, key
+      ),
+      state.trained,
+      has_aux=True,
     )
+    total: Any = functools.reduce(jnp.add, groups.values())
+    # Pulling a 1 back from some of the groups gives those groups' gradient.
+    wanted = {g: [g] for g in groups} if gradients_by_group else {"": groups}
+    gradients = {
+      name: pull_back({g: jnp.float32(g in taken) for g in groups})[0]
+      for name, taken in wanted.items()
+    }
     return stats, term_state, (gradients, total, sums)
 
   def train_step(state: TrainState, frozen: Frozen, batch: Batch):
@@ -157,7 +170,7 @@ def make_train_step(
       key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     if transform is not None:
       batch = transform(batch, jax.random.fold_in(key, 0))
-    divide_by = objective.denominators(goal.terms, batch, axis_name)
+    divide_by = totals.denominators(goal.terms, batch, axis_name)
     variables = teacher_of(state, frozen)
     one_part = functools.partial(part_step, state, variables, divide_by)
     if microbatches == 1:
@@ -170,9 +183,13 @@ def make_train_step(
       )
     if axis_name:
       summed = jax.lax.psum(summed, axis_name)
-    gradients, total, sums = summed
+    by_group, total, sums = summed
+    gradients = jax.tree.map(
+      lambda *g: functools.reduce(jnp.add, g), *by_group.values()
+    )
+    extra = {"by_group": by_group} if gradients_by_group else {}
     updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.trained
+      gradients, state.opt_state, state.trained, **extra
     )
     trained: Any = optax.apply_updates(state.trained, updates)
     new_state = state.replace(
@@ -183,23 +200,50 @@ def make_train_step(
       term_params=trained["terms"],
       term_state=term_state,
     )
-    measured = objective.metrics(goal, sums, state.step)
-    measured["loss/total"] = total
+    measured = totals.metrics(goal, sums, state.step)
+    measured["loss/total"] = jnp.asarray(total)
     measured["grad_norm"] = optax.tree.norm(gradients)
     return new_state, measured
 
   return train_step
 
 
-def jit_step(train_step: TrainStep, mesh: Mesh) -> TrainStep:
-  """`jax.jit` over the mesh: batch split, state donated, teacher as it lies."""
+def jit_step(
+  train_step: TrainStep, mesh: Mesh, state_shardings: Any = None
+) -> TrainStep:
+  """`jax.jit` over the mesh: batch split, state donated, teacher as it lies.
+
+  Args:
+    train_step: of `make_train_step`.
+    mesh: of `parallel.make_mesh`.
+    state_shardings: of the function of that name; default, the whole state on
+      every device.
+  """
   everywhere = parallel.replicated(mesh)
+  states = state_shardings or everywhere
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(everywhere, None, parallel.batch_sharding(mesh)),
-    out_shardings=(everywhere, everywhere),
+    in_shardings=(states, None, parallel.batch_sharding(mesh)),
+    out_shardings=(states, everywhere),
   )
+
+
+def state_shardings(
+  terms: Objective | Sequence[Term], state: TrainState, mesh: Mesh
+) -> TrainState:
+  """Everything on every device, but for what terms declare `sharded`.
+
+  An array whose first axis the devices do not divide stays whole.
+  """
+  everywhere = parallel.replicated(mesh)
+  shardings = jax.tree.map(lambda _: everywhere, state)
+  for term in _objective(terms).terms:
+    for name in term.sharded:
+      if state.term_state[term.name][name].shape[0] % mesh.size == 0:
+        split = parallel.batch_sharding(mesh)
+        shardings.term_state[term.name][name] = split
+  return shardings
 
 
 def pmap_step(train_step: TrainStep, axis_name: str = "data") -> TrainStep:
@@ -254,7 +298,7 @@ def _spec(
 
 
 def _check_pmap_terms(goal: Objective, axis_name: str | None) -> None:
-  coupled = [t.name for t in goal.terms if t.couples]
+  coupled = [t.name for t in goal.terms if t.coupled]
   if axis_name and coupled:
     raise errors.UserError(
       f"terms {', '.join(coupled)} couple the examples of a batch, and under "

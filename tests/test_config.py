@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import config, losses, objective
+from kdjax import config, losses, totals
 from kdjax.errors import UserError
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full((3,), 2.0)}
@@ -108,15 +108,15 @@ def total(step=0, **changes):
     terms={},
   )
   goal = config.goal(ConfigDict(settings | changes))
-  totals, _ = objective.logit_terms(
+  parts, _ = totals.logit_terms(
     goal.terms,
     S,
     T,
     BATCH,
-    objective.denominators(goal.terms, BATCH),
+    totals.denominators(goal.terms, BATCH),
     jnp.int32(step),
   )
-  return sum(totals.values())
+  return sum(parts.values())
 
 
 HARD = losses.cross_entropy(S, BATCH["label"]).mean()

@@ -9,9 +9,10 @@ ROOT = Path(__file__).parents[1] / "kdjax"
 ROWS = [
   {"errors"},
   {"types"},
-  {"losses", "models", "data", "schedules"},
+  {"losses", "models", "data", "schedules", "layer_map", "optimizers"},
   {"objective"},
-  {"adapters", "parallel"},
+  {"totals", "projectors"},
+  {"adapters", "parallel", "terms"},
   {"train_step", "evaluate"},
   {"checkpoint", "metrics", "preflight"},
   {"loop"},

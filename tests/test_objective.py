@@ -7,7 +7,7 @@ import optax
 import pytest
 from networks import softmax
 
-from kdjax import losses, objective
+from kdjax import losses, objective, totals
 from kdjax.errors import UserError
 from kdjax.objective import Objective, Term, hinton
 
@@ -28,15 +28,15 @@ def cross_entropy(s, label):
 def evaluated(goal, batch=None, step=0, student=S, teacher=T):
   batch = {"label": LABEL, "mask": np.ones(6)} | (batch or {})
   batch = {k: jnp.asarray(v) for k, v in batch.items()}
-  totals, sums = objective.logit_terms(
+  parts, sums = totals.logit_terms(
     goal.terms,
     jnp.float32(student),
     None if teacher is None else jnp.float32(teacher),
     batch,
-    objective.denominators(goal.terms, batch),
+    totals.denominators(goal.terms, batch),
     jnp.int32(step),
   )
-  return sum(totals.values()), objective.metrics(goal, sums, jnp.int32(step))
+  return sum(parts.values()), totals.metrics(goal, sums, jnp.int32(step))
 
 
 @pytest.mark.parametrize("t", [0.5, 1.0, 4.0])
@@ -208,15 +208,15 @@ def test_coupled_losses_see_no_masked_row():
   with_rows = evaluated(goal, {"mask": mask})[0]
   kept = mask > 0
   batch = {"label": jnp.asarray(LABEL[kept]), "mask": jnp.ones(4)}
-  totals, _ = objective.logit_terms(
+  parts, _ = totals.logit_terms(
     goal.terms,
     jnp.float32(S[kept]),
     jnp.float32(T[kept]),
     batch,
-    objective.denominators(goal.terms, batch),
+    totals.denominators(goal.terms, batch),
     jnp.int32(0),
   )
-  np.testing.assert_allclose(with_rows, totals["extra"], rtol=1e-5)
+  np.testing.assert_allclose(with_rows, parts["extra"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

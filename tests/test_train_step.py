@@ -279,11 +279,11 @@ def test_transform_is_applied_once_for_both_networks_and_drawn_anew():
 
 def test_a_term_on_taps_and_one_that_owns_variables():
   def project(key, student, teacher):
-    shape = (student.taps["hidden"].shape[-1], teacher.taps["hidden"].shape[-1])
+    shape = (student.shape[-1], teacher.shape[-1])
     return jax.random.normal(key, shape) * 0.1, jnp.zeros((), jnp.int32)
 
   def hint(params, state, student, teacher, batch, key):
-    error = student.taps["hidden"] @ params - teacher.taps["hidden"]
+    error = student @ params - teacher
     return jnp.mean(error**2, -1), state + 1
 
   def squares(student, teacher):

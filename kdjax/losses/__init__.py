@@ -35,9 +35,11 @@ from kdjax.losses.labels import (
   nkd,
   nkd_nontarget,
   nkd_target,
+  teacher_free,
+  teacher_label,
 )
 from kdjax.losses.logits import logit_mse, ttm, wttm
-from kdjax.losses.softmax import Traits, logit_loss, traits
+from kdjax.losses.traits import Traits, logit_loss, tap_loss, traits
 from kdjax.losses.transforms import with_teacher_temperature, zscore
 
 # The losses on logits, by the name that configs give them.
@@ -57,6 +59,8 @@ LOGIT_LOSSES: dict[str, Callable[..., Any]] = {
   "reverse_kl": reverse_kl,
   "skew_kl": skew_kl,
   "skew_reverse_kl": skew_reverse_kl,
+  "teacher_free": teacher_free,
+  "teacher_label": teacher_label,
   "total_variation": total_variation,
   "ttm": ttm,
   "wttm": wttm,
@@ -81,6 +85,9 @@ __all__ = [
   "reverse_kl",
   "skew_kl",
   "skew_reverse_kl",
+  "tap_loss",
+  "teacher_free",
+  "teacher_label",
   "total_variation",
   "traits",
   "ttm",

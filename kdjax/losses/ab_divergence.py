@@ -5,7 +5,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32
 
-from kdjax.losses.softmax import class_sum, logit_loss, soften
+from kdjax.losses.softmax import class_sum, soften
+from kdjax.losses.traits import logit_loss
 
 
 @logit_loss(power=2)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Shaped
 
-from kdjax.losses.softmax import Softened, logit_loss, soften
+from kdjax.losses.softmax import Softened, soften
+from kdjax.losses.traits import logit_loss
 
 
 @logit_loss(power=2, couples=True)

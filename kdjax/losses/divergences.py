@@ -10,12 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32
 
-from kdjax.losses.softmax import (
-  class_sum,
-  logit_loss,
-  relative_entropy,
-  soften,
-)
+from kdjax.losses.softmax import class_sum, relative_entropy, soften
+from kdjax.losses.traits import logit_loss
 from kdjax.types import UserError
 
 

@@ -4,6 +4,8 @@ All are in nats, one number an example, and none multiplies by T². A label that
 is out of range, or whose class has a logit of -inf, gives NaN and no gradient.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Integer
@@ -12,11 +14,11 @@ from kdjax.losses.softmax import (
   class_sum,
   log_softmax,
   log_sum_exp,
-  logit_loss,
   over_common_support,
   relative_entropy,
   target,
 )
+from kdjax.losses.traits import logit_loss
 from kdjax.types import UserError
 
 
@@ -176,6 +178,67 @@ def nkd(
   """
   others = nkd_nontarget(student, teacher, labels, temperature=temperature)
   return nkd_target(student, teacher, labels) + gamma * others
+
+
+@logit_loss(power=0)
+def teacher_label(
+  student: Float[Array, "*batch classes"],
+  teacher: Float[Array, "*batch classes"],
+) -> Float32[Array, "*batch"]:
+  """−log q_c, c = argmax p, in nats: the teacher's own choice as the label.
+
+  Of classes that tie, the first is c. Classes at -inf on either side are no
+  choice.
+
+  Source: Touvron et al. 2021, arXiv 2012.12877, section 4, hard-label
+    distillation.
+  """
+  student, teacher, where = over_common_support(student, teacher)
+  choice = jnp.argmax(jnp.where(where, teacher, -jnp.inf), axis=-1)
+  at_choice = target(choice, where)
+  log_q = log_softmax(student, 1.0, where)
+  return _at_labels(-jnp.sum(log_q, axis=-1, where=at_choice), at_choice)
+
+
+@logit_loss(power=2, labels=True, teacher=False)
+def teacher_free(
+  student: Float[Array, "*batch classes"],
+  labels: Integer[Array, "*batch"],
+  *,
+  temperature: ArrayLike = 1.0,
+  correct: float = 0.99,
+) -> Float32[Array, "*batch"]:
+  """KL(v_T ‖ q_T), v a virtual teacher: v_y = a, (1 − a) / (C − 1) elsewhere.
+
+  v_T is v with its logarithms divided by T, renormalised; q_T the student's
+  softmax at T. C counts the classes that are not at -inf.
+
+  Args:
+    student: logits that receive the gradient.
+    labels: the class numbers y.
+    temperature: T > 0; 20 in the paper. May be traced.
+    correct: a, in (0, 1).
+
+  Raises:
+    UserError: if a is not in (0, 1).
+
+  Source: Yuan et al. 2020, arXiv 1909.11723, section 4.2 (Tf-KD_reg), equation
+    9, which softens both sides; the authors' code divides the probabilities v
+    themselves by T and softens v alone.
+  """
+  if not 0 < correct < 1:
+    raise UserError(f"correct is {correct}, must be in (0, 1)")
+  student = jnp.asarray(student, jnp.float32)
+  where = ~jnp.isneginf(student)
+  at_label = target(labels, where)
+  others = jnp.sum(where, axis=-1, keepdims=True) - 1
+  wrong = math.log1p(-correct) - jnp.log(
+    jnp.maximum(others, 1).astype(jnp.float32)
+  )
+  virtual = jnp.where(at_label, math.log(correct), wrong)
+  log_v = log_softmax(virtual, temperature, where)
+  log_q = log_softmax(student, temperature, where)
+  return _at_labels(relative_entropy(log_v, log_q, where), at_label)
 
 
 def _at_labels(loss: ArrayLike, at_label: Array) -> Array:

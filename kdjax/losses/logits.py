@@ -6,11 +6,11 @@ from jaxtyping import Array, ArrayLike, Float, Float32
 from kdjax.losses.softmax import (
   class_sum,
   log_softmax,
-  logit_loss,
   over_common_support,
   relative_entropy,
   soften,
 )
+from kdjax.losses.traits import logit_loss
 
 
 @logit_loss(power=2)

@@ -1,4 +1,4 @@
-"""What the logit losses share: their traits, the support and the softmax.
+"""What the logit losses share: the support and the softmax.
 
 The support of an example is the set of classes where neither network's logit is
 -inf; both distributions are renormalised over it. Outside it every quantity
@@ -6,70 +6,13 @@ here is 0, a number and not -inf: 0 · inf would be NaN in the value, and again
 in the gradient of a `where` that hides it.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float32, Integer
 
 from kdjax.types import UserError
-
-Loss = TypeVar("Loss", bound=Callable[..., Any])
-
-
-@dataclasses.dataclass(frozen=True)
-class Traits:
-  """What the objective must know of a logit loss.
-
-  Attributes:
-    power: the power of the student's temperature by which the objective
-      multiplies the loss, so that its gradient keeps its scale as T grows.
-    labels: whether the labels are an argument.
-    teacher: whether the teacher's logits are an argument.
-    couples: whether examples of a batch meet in it; such a loss takes `where`.
-  """
-
-  power: int
-  labels: bool = False
-  teacher: bool = True
-  couples: bool = False
-
-
-def logit_loss(
-  *,
-  power: int,
-  labels: bool = False,
-  teacher: bool = True,
-  couples: bool = False,
-) -> Callable[[Loss], Loss]:
-  """Declares a function's `Traits`; the function stays as it is."""
-
-  def declare(loss: Loss) -> Loss:
-    vars(loss)["traits"] = Traits(power, labels, teacher, couples)
-    return loss
-
-  return declare
-
-
-def traits(loss: Callable[..., Any]) -> Traits:
-  """The traits of a loss, or of a `functools.partial` of one.
-
-  Raises:
-    UserError: if nothing is declared.
-  """
-  while isinstance(loss, functools.partial):
-    loss = loss.func
-  declared = getattr(loss, "traits", None)
-  if not isinstance(declared, Traits):
-    name = getattr(loss, "__name__", repr(loss))
-    raise UserError(
-      f"{name} declares neither its power of T nor whether it takes labels: "
-      "decorate it with @losses.logit_loss(power=...)"
-    )
-  return declared
 
 
 class Softened(NamedTuple):

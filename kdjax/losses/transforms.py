@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from kdjax.losses.softmax import Traits, over_common_support, traits
+from kdjax.losses.softmax import over_common_support
+from kdjax.losses.traits import Traits, traits
 from kdjax.types import UserError
 
 Loss = Callable[..., Array]

@@ -19,11 +19,11 @@ TRAITS = {name: losses.traits(LOGIT_LOSSES[name]) for name in NAMES}
 WITH_TEACHER = [n for n in NAMES if TRAITS[n].teacher]
 PER_EXAMPLE = [n for n in NAMES if not TRAITS[n].couples]
 WITH_TEMPERATURE = sorted(
-  set(WITH_TEACHER) - {"nkd_target"}  # at T = 1 by its definition
+  set(WITH_TEACHER)
+  - {"nkd_target", "teacher_label"}  # at T = 1 by their definition
 )
-VANISH = sorted(
-  set(WITH_TEACHER) - {"nkd", "nkd_target", "nkd_nontarget", "ttm", "wttm"}
-)
+CROSS_ENTROPIES = {"nkd", "nkd_target", "nkd_nontarget", "teacher_label"}
+VANISH = sorted(set(WITH_TEACHER) - CROSS_ENTROPIES - {"ttm", "wttm"})
 
 
 def arguments(name, student=STUDENT, teacher=TEACHER, labels=LABELS):

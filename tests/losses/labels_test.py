@@ -178,3 +178,27 @@ def test_soft_labels_receive_no_gradient():
     return losses.cross_entropy(jnp.float32(STUDENT), soft).sum()
 
   np.testing.assert_array_equal(jax.grad(total)(jnp.float32(SOFT)), 0)
+
+
+@pytest.mark.parametrize("temperature", oracle.TEMPERATURES)
+def test_teacher_free_matches_its_equation(temperature):
+  def equation(student, labels, *, temperature, correct):
+    v = np.full(student.shape, (1 - correct) / (NUM_CLASSES - 1))
+    v[ROWS, labels] = correct
+    v = v ** (1 / temperature)
+    v /= v.sum(-1, keepdims=True)
+    return np.sum(v * (np.log(v) - log_softmax(student, temperature)), -1)
+
+  oracle.agree(
+    losses.teacher_free, equation, STUDENT, LABELS, temperature=temperature,
+    static={"correct": 0.9},
+  )  # fmt: skip
+  with pytest.raises(UserError, match=r"correct is 1.0, must be in \(0, 1\)"):
+    losses.teacher_free(STUDENT, LABELS, correct=1.0)
+
+
+def test_teacher_label_is_the_teachers_choice():
+  def equation(student, teacher):
+    return -log_softmax(student)[ROWS, teacher.argmax(-1)]
+
+  oracle.agree(losses.teacher_label, equation, STUDENT, TEACHER)

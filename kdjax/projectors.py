@@ -1,0 +1,257 @@
+"""Learned maps from a student's activation to the shape of a teacher's.
+
+    term = Term("hint", losses.hint, taps=("stage_2", "stage_2"))
+    term = project(term, linear(norm=True))
+
+A projector is trained with the student and saved with it, and is no part of the
+student: `project` makes it a variable of the term. A map that is larger than
+the target is averaged down to it (a 1x1 convolution and that average commute).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from kdjax import errors
+from kdjax.losses import maps
+from kdjax.objective import Term, each
+from kdjax.types import Batch
+
+Spec = Any  # jax.ShapeDtypeStruct, or an array
+
+
+class Projector(NamedTuple):
+  """A learned map as two pure functions.
+
+  Attributes:
+    init: `(key, source, target) -> params`, from the shapes of the activation
+      and of what it shall fit.
+    apply: `(params, x, like, where) -> y` of `like`'s shape, whose values do
+      not count. `where` [B] says which examples exist.
+    couples: whether examples meet in it, as in batch normalisation.
+  """
+
+  init: Callable[[Array, Spec, Spec], PyTree]
+  apply: Callable[[PyTree, Array, Spec, Array], Array]
+  couples: bool = False
+
+
+def linear(*, norm: bool = False, bias: bool = True) -> Projector:
+  """x W + b over channels; on maps that is a 1x1 convolution.
+
+  Args:
+    norm: then batch normalisation, by the batch's own statistics: a projector
+      only ever trains. There is no bias before it, where it would do nothing.
+    bias: whether there is b.
+  """
+  return mlp(num_hidden=0, norm=norm, bias=bias)
+
+
+def mlp(
+  *,
+  num_hidden: int = 1,
+  hidden: int = 0,
+  norm: bool = False,
+  bias: bool = True,
+) -> Projector:
+  """Linear layers over channels with ReLU between, each normalised if `norm`.
+
+  Args:
+    num_hidden: hidden layers; two with the target's width are VID's regressor
+      (Ahn et al. 2019, section 3).
+    hidden: their width; 0 = that of the target.
+    norm, bias: as for `linear`.
+  """
+  if num_hidden < 0 or hidden < 0:
+    raise errors.UserError(
+      f"got num_hidden={num_hidden}, hidden={hidden}: give numbers >= 0"
+    )
+
+  def init(key: Array, source: Spec, target: Spec) -> PyTree:
+    _check(source, target)
+    widths = [source.shape[-1]]
+    widths += [hidden or target.shape[-1]] * num_hidden
+    widths += [target.shape[-1]]
+    keys = jax.random.split(key, len(widths) - 1)
+    return {
+      f"layer_{n}": _layer(k, (a, b), norm=norm, bias=bias)
+      for n, (k, a, b) in enumerate(zip(keys, widths, widths[1:]))
+    }
+
+  def apply(params: PyTree, x: Array, like: Spec, where: Array) -> Array:
+    x = _resize(jnp.asarray(x, jnp.float32), like)
+    for n in range(len(params)):
+      layer = params[f"layer_{n}"]
+      x = x if n == 0 else jax.nn.relu(x)
+      x = _affine(x @ layer["kernel"], layer, where)
+    return x
+
+  return Projector(init, apply, couples=norm)
+
+
+def conv(*, size: int = 3, norm: bool = True, relu: bool = True) -> Projector:
+  """A convolution over maps: FitNets' regressor (Romero et al. 2015, 2.2).
+
+  Args:
+    size: of the kernel, odd; the map keeps its size, then is averaged down.
+    norm: then batch normalisation, as the code of the CIFAR papers has it.
+    relu: then ReLU, likewise; for teacher taps that are not negative.
+  """
+  if size < 1 or size % 2 == 0:
+    raise errors.UserError(f"conv got size={size}, needs an odd number >= 1")
+
+  def init(key: Array, source: Spec, target: Spec) -> PyTree:
+    _check(source, target)
+    maps.spatial_size(source)
+    channels = (source.shape[-1], target.shape[-1])
+    return _layer(key, (size, size, *channels), norm=norm, bias=True)
+
+  def apply(params: PyTree, x: Array, like: Spec, where: Array) -> Array:
+    x = convolve(jnp.asarray(x, jnp.float32), params["kernel"])
+    x = _affine(_resize(x, like), params, where)
+    return jax.nn.relu(x) if relu else x
+
+  return Projector(init, apply, couples=norm)
+
+
+# By the name that a config gives.
+PROJECTORS = {"linear": linear, "mlp": mlp, "conv": conv}
+
+
+def project(term: Term, projector: Projector) -> Term:
+  """The term with its loss on the projected student's activation.
+
+  Several student taps get a projector each. The term's own variables, if it
+  has any, keep their place beside the projector's.
+
+  Raises:
+    UserError: if the term reads no taps, or has a temperature.
+  """
+  if term.taps is None:
+    raise errors.UserError(
+      f"term {term.name!r} has a projector and no taps: name the activations"
+    )
+  if term.temperature is not None:
+    raise errors.UserError(
+      f"term {term.name!r} has a projector and a temperature: project "
+      "activations, not logits"
+    )
+  several = not isinstance(term.taps[0], str)
+  count = len(each(term.taps[0]))
+  inner_init = term.init
+
+  def projected(params: PyTree, x: Any, like: Any, where: Array) -> Any:
+    if not several:
+      return projector.apply(params["0"], x, like, where)
+    return tuple(
+      projector.apply(params[str(n)], x[n], like[n], where)
+      for n in range(count)
+    )
+
+  def init(key: Array, student: Any, teacher: Any) -> tuple[PyTree, PyTree]:
+    own_key, *keys = jax.random.split(key, 1 + count)
+    pairs = zip(student, teacher) if several else [(student, teacher)]
+    params: dict[str, PyTree] = {
+      "projector": {
+        str(n): projector.init(k, ours, theirs)
+        for n, (k, (ours, theirs)) in enumerate(zip(keys, pairs))
+      }
+    }
+    state: PyTree = {}
+    if inner_init is not None:
+      params["term"], state = inner_init(own_key, teacher, teacher)
+    return params, state
+
+  def loss(
+    params: PyTree,
+    state: PyTree,
+    student: Any,
+    teacher: Any,
+    batch: Batch,
+    key: Array,
+    **hparams: Any,
+  ) -> tuple[Array, PyTree]:
+    where = jnp.asarray(batch["mask"]) > 0
+    student = projected(params["projector"], student, teacher, where)
+    if inner_init is not None:
+      return term.loss(
+        params["term"], state, student, teacher, batch, key, **hparams
+      )
+    if term.traits.couples:
+      hparams["where"] = where
+    return term.loss(student, teacher, **hparams), state
+
+  return dataclasses.replace(
+    term,
+    loss=loss,
+    init=init,
+    couples=term.coupled or projector.couples,
+  )
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+  """`x` [B, H, W, C] by an odd kernel, of the same size."""
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def batch_norm(x: Array, where: Array, epsilon: float = 1e-5) -> Array:
+  """(x − mean) / √(variance + epsilon) by channel, over examples that exist."""
+  axes = tuple(range(x.ndim - 1))
+  exists = where.reshape(-1, *[1] * (x.ndim - 1))
+  positions = x.size // (x.shape[0] * x.shape[-1])
+  count = jnp.maximum(jnp.sum(where), 1) * positions
+  mean = jnp.sum(jnp.where(exists, x, 0), axes) / count
+  centred = jnp.where(exists, x - mean, 0)
+  variance = jnp.sum(centred**2, axes) / count
+  return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+def _layer(
+  key: Array, shape: tuple[int, ...], *, norm: bool, bias: bool
+) -> dict[str, Array]:
+  """He's normal kernel; then scale and bias, or a bias alone."""
+  make = jax.nn.initializers.he_normal()
+  layer = {"kernel": make(key, shape, jnp.float32)}
+  if norm:
+    layer["scale"] = jnp.ones(shape[-1])
+  if norm or bias:
+    layer["bias"] = jnp.zeros(shape[-1])
+  return layer
+
+
+def _affine(x: Array, layer: dict[str, Array], where: Array) -> Array:
+  """Batch normalisation where there is a scale; then the bias."""
+  shape = (1,) * (x.ndim - 1) + (-1,)
+  if "scale" in layer:
+    x = batch_norm(x, where) * layer["scale"].reshape(shape)
+  return x + layer["bias"].reshape(shape) if "bias" in layer else x
+
+
+def _resize(x: Array, like: Spec) -> Array:
+  return maps.adaptive_pool(x, maps.spatial_size(like)) if x.ndim == 4 else x
+
+
+def _check(source: Spec, target: Spec) -> None:
+  """Refuses what no map over channels and no averaging brings together."""
+  ours, theirs = source.shape, target.shape
+  fits = len(ours) == len(theirs)
+  if len(ours) == 4 and fits:
+    fits = ours[1] >= theirs[1] and ours[2] >= theirs[2]
+  elif fits:
+    fits = ours[1:-1] == theirs[1:-1]
+  if not fits:
+    raise errors.UserError(
+      f"no projector brings an activation {_shown(ours)} to {_shown(theirs)}: "
+      "both must be maps, the student's at least as large as the teacher's, or "
+      "tokens of one number, or vectors; choose other taps"
+    )
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+  return f"[{', '.join(['B', *map(str, shape[1:])])}]"
