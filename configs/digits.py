@@ -64,13 +64,19 @@ def get_config(arg: str = "") -> ConfigDict:
   c.teacher.model = dict(
     name="resnet_cifar", depth=8 if smoke else 14, width=8 if smoke else 16
   )
-  c.teacher.checkpoint = ""  # "" = train one first
+  c.teacher.num_classes = 0  # 0 = the data's
+  c.teacher.checkpoint = ""  # "" = train one first; a run, or weights
+  c.teacher.drop_head = False
   c.teacher.dtype = "float32"
   c.student = ConfigDict()
   c.student.model = dict(name="resnet_cifar", depth=8, width=4)
+  c.student.num_classes = 0
+  c.student.checkpoint = ""  # "" = from scratch
+  c.student.drop_head = False
+  c.student.classifier = "own"  # or the "teacher"'s: SimKD
   c.student.dtype = "float32"
 
-  c.phases = ConfigDict()
+  c.phases = ConfigDict()  # one of 0 steps is left out
   c.phases.teacher = phase(0.1, 5e-4)
   c.phases.alone = phase(0.1, 2e-2)
   c.phases.distilled = phase(0.03, 5e-4)

@@ -51,7 +51,9 @@ def layer_pairs(
         f"either side, or choose map={' or '.join(map(repr, MAPS))}"
       )
     return list(zip(ours, theirs))
-  chosen = errors.choose("map", rule, MAPS) if isinstance(rule, str) else rule
+  chosen = rule if callable(rule) else MAPS.get(str(rule))
+  if chosen is None:
+    raise errors.unknown("map", str(rule), ["one_to_one", *MAPS])
   pairs = []
   for i, name in enumerate(ours):
     layer = chosen(i, n, m)

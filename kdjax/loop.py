@@ -23,7 +23,12 @@ from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
-from kdjax.train_step import init_state, jit_step, make_train_step
+from kdjax.train_step import (
+  init_state,
+  jit_step,
+  make_train_step,
+  state_shardings,
+)
 from kdjax.types import Batch, Model, Schedule, TrainState
 
 
@@ -63,6 +68,7 @@ def distill(
   seed: int = 0,
   student_variables: tuple[PyTree, PyTree] | None = None,
   microbatches: int = 1,
+  gradients_by_group: bool = False,
   transform: Callable[[Batch, Array], Batch] | None = None,
   shown: dict[str, Schedule] | None = None,
   mesh: Mesh | None = None,
@@ -89,7 +95,8 @@ def distill(
     optimizer: default `optax.adamw(1e-3)`.
     seed: of initialisation and dropout; the data has its own.
     student_variables: `(params, stats)` to start from.
-    microbatches, transform, shown: as for `make_train_step`.
+    microbatches, gradients_by_group, transform, shown: as for
+      `make_train_step`.
     mesh: default, all devices along `data`.
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
@@ -129,7 +136,8 @@ def distill(
   check_outputs(
     student, teacher, (state.params, state.stats), frozen, feed.first
   )
-  state = parallel.put(state, mesh)
+  shardings = state_shardings(goal, state, mesh)
+  state = jax.device_put(state, shardings)
   step_fn = jit_step(
     make_train_step(
       student,
@@ -137,10 +145,12 @@ def distill(
       goal,
       optimizer,
       microbatches=microbatches,
+      gradients_by_group=gradients_by_group,
       transform=transform,
       shown=shown,
     ),
     mesh,
+    shardings,
   )
   tell = functools.partial(print, file=sys.stderr)
   facts = {"teacher": checkpoint.fingerprint(teacher_variables)}

@@ -49,13 +49,14 @@ def dot(
   """
   if not (momentum - delta >= 0 and 0 <= momentum + delta < 1):
     raise errors.UserError(
-      f"dot got momentum={momentum}, delta={delta}: needs momentum - delta >= 0 "
-      "and momentum + delta < 1"
+      f"dot got momentum={momentum}, delta={delta}: needs momentum - delta >= "
+      "0 and momentum + delta < 1"
     )
 
   def init(params: PyTree) -> DotState:
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return DotState(zeros, zeros, jnp.zeros((), jnp.int32))
+    # Two trees of zeros, not one twice: a step donates each of its buffers.
+    hard, soft = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    return DotState(hard, soft, jnp.zeros((), jnp.int32))
 
   def update(
     updates: PyTree,

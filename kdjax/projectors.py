@@ -129,7 +129,7 @@ def project(term: Term, projector: Projector) -> Term:
   has any, keep their place beside the projector's.
 
   Raises:
-    UserError: if the term reads no taps, or has a temperature.
+    UserError: if the term reads no taps, has a temperature, or needs labels.
   """
   if term.taps is None:
     raise errors.UserError(
@@ -139,6 +139,11 @@ def project(term: Term, projector: Projector) -> Term:
     raise errors.UserError(
       f"term {term.name!r} has a projector and a temperature: project "
       "activations, not logits"
+    )
+  if term.traits.labels or not term.traits.teacher:
+    raise errors.UserError(
+      f"term {term.name!r} has a projector and a loss of labels: choose a loss "
+      "of two activations"
     )
   several = not isinstance(term.taps[0], str)
   count = len(each(term.taps[0]))
@@ -206,9 +211,9 @@ def batch_norm(x: Array, where: Array, epsilon: float = 1e-5) -> Array:
   exists = where.reshape(-1, *[1] * (x.ndim - 1))
   positions = x.size // (x.shape[0] * x.shape[-1])
   count = jnp.maximum(jnp.sum(where), 1) * positions
-  mean = jnp.sum(jnp.where(exists, x, 0), axes) / count
+  mean = jnp.sum(jnp.where(exists, x, 0), axes, keepdims=True) / count
   centred = jnp.where(exists, x - mean, 0)
-  variance = jnp.sum(centred**2, axes) / count
+  variance = jnp.sum(centred**2, axes, keepdims=True) / count
   return centred * jax.lax.rsqrt(variance + epsilon)
 
 

@@ -23,46 +23,44 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
   """Means over seeds, and what lies behind them.
 
   Returns:
-    `{network: {metric: mean}}` for `teacher`, `student_alone` and
-    `student_distilled`; `stderr`, of the same form, the standard errors of
-    these means (None for one seed); `gain`, distilled minus alone, seed by
-    seed, as `{metric: {mean, stderr}}`; `seeds`, the runs; `versions`.
+    `{network: {metric: mean}}` for those of `teacher`, `student_alone` and
+    `student_distilled` that were trained; `stderr`, of the same form, the
+    standard errors of these means (None for one seed); `gain`, distilled minus
+    alone, seed by seed, as `{metric: {mean, stderr}}` where there are both;
+    `seeds`, the runs; `versions`.
   """
-  gains = {
-    metric: [
-      run["student_distilled"][metric] - run["student_alone"][metric]
-      for run in runs
-    ]
-    for metric in _COLUMNS
+  there = [n for n in NETWORKS if n in runs[0]]
+  values = {
+    network: {m: [run[network][m] for run in runs] for m in _COLUMNS}
+    for network in there
   }
-  return {
-    **{
-      network: {
-        metric: statistics.fmean(run[network][metric] for run in runs)
-        for metric in _COLUMNS
+  results: dict[str, Any] = {
+    network: {m: statistics.fmean(v) for m, v in metrics.items()}
+    for network, metrics in values.items()
+  }
+  results["stderr"] = {
+    network: {m: _stderr(v) for m, v in metrics.items()}
+    for network, metrics in values.items()
+  }
+  if {"student_alone", "student_distilled"} <= set(there):
+    results["gain"] = {}
+    for m in _COLUMNS:
+      pairs = zip(values["student_distilled"][m], values["student_alone"][m])
+      gains = [ours - alone for ours, alone in pairs]
+      results["gain"][m] = {
+        "mean": statistics.fmean(gains),
+        "stderr": _stderr(gains),
       }
-      for network in NETWORKS
-    },
-    "stderr": {
-      network: {
-        metric: _stderr([run[network][metric] for run in runs])
-        for metric in _COLUMNS
-      }
-      for network in NETWORKS
-    },
-    "gain": {
-      metric: {"mean": statistics.fmean(g), "stderr": _stderr(g)}
-      for metric, g in gains.items()
-    },
+  return results | {
     "seeds": list(runs),
     "versions": {"jax": jax.__version__, "backend": jax.default_backend()},
   }
 
 
 def table(results: dict[str, Any]) -> str:
-  """Three rows of networks, one column a metric; ± is one standard error."""
+  """A row a network, a column a metric; ± is one standard error."""
   rows = [["", *(heading for heading, _, _ in _COLUMNS.values())]]
-  for network in NETWORKS:
+  for network in results["stderr"]:
     row = [network.replace("_", " ")]
     for metric, (_, factor, form) in _COLUMNS.items():
       error = results["stderr"][network][metric]
@@ -78,6 +76,8 @@ def table(results: dict[str, Any]) -> str:
     for row in rows
   ]
   lines.insert(1, "-" * max(map(len, lines)))
+  if "gain" not in results:
+    return "\n".join(lines)
   gain = results["gain"]["accuracy"]
   line = f"distillation gains {100 * gain['mean']:+.2f} points of accuracy"
   count = len(results["seeds"])

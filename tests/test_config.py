@@ -16,7 +16,7 @@ BASE = dict(learning_rate=0.1, clip=0.0, weight_decay=0.0, decay_on="all")
 
 
 def update(settings):
-  optimizer, _ = config.optimizer(ConfigDict(BASE | settings), "optimizer")
+  optimizer, *_ = config.optimizer(ConfigDict(BASE | settings), "optimizer")
   return optimizer.update(GRADIENT, optimizer.init(PARAMS), PARAMS)[0]
 
 
@@ -72,7 +72,7 @@ def test_the_learning_rate_is_a_schedule():
     end_value=0.0,
     transition_steps=4,
   )
-  _, got = config.optimizer(
+  _, got, _ = config.optimizer(
     ConfigDict(BASE | dict(name="sgd", learning_rate=rate)), "optimizer"
   )
   assert got(2) == 0.5

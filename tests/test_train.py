@@ -73,9 +73,9 @@ def finished(tmp_path_factory, data_dir):
   "config",
   [
     "digits.py:smoke",
-    "cifar.py:smoke",
-    "cifar.py:cifar10,smoke",
-    "imagenet.py:smoke",
+    "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
+    "cifar100/pair.py:smoke,patient,dot",
+    "imagenet/resnet152_to_mobilenet.py:smoke",
   ],
 )
 def test_every_config_runs(config, tmp_path, data_dir, capsys):
@@ -103,12 +103,14 @@ def test_every_config_runs(config, tmp_path, data_dir, capsys):
   assert results["teacher"]["kl"] == 0
 
 
-def test_all_configs_are_tried_above():
-  assert {p.name for p in CONFIGS.glob("*.py")} == {
-    "digits.py",
-    "cifar.py",
-    "imagenet.py",
-  }
+@pytest.mark.parametrize("config", ["cifar100", "imagenet"])
+def test_a_teacher_is_trained_alone(config, tmp_path, data_dir, capsys):
+  assert run(f"{config}/teacher.py:smoke", tmp_path, data_dir) == 0
+  assert "student" not in capsys.readouterr().out
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert "teacher" in results
+  assert not {"student_alone", "student_distilled", "gain"} & set(results)
+  assert [f.name for f in (tmp_path / "seed_0").iterdir()] == ["teacher"]
 
 
 def test_a_second_start_trains_nothing_and_tells_the_same(
@@ -266,6 +268,183 @@ def test_mistakes_in_a_config_file_are_named(
   error = capsys.readouterr().err
   assert says in error
   assert error.count("\n") == 1
+
+
+def changed(tmp_path, *lines):
+  """The digits' config with further lines."""
+  text = (CONFIGS / "digits.py").read_text()
+  more = "".join(f"  {line}\n" for line in lines)
+  path = written(tmp_path, text.replace("  return c\n", f"{more}  return c\n"))
+  return f"{path}:smoke"
+
+
+def logged(folder):
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+MULTI_LEVEL = (
+  "moving = lambda a, b: dict(schedule='linear_schedule', init_value=a,"
+  " end_value=b, transition_steps=2)",
+  "c.terms.hints = dict(name='hint', student='stage_[23]',"
+  " teacher='stage_[23]', weight=moving(1.0, 0.0),"
+  " projector=dict(name='linear', norm=True))",
+  "c.terms.attention = dict(name='attention_transfer', student='stage_1',"
+  " teacher='stage_1', weight=moving(0.0, 8.0))",
+  "c.terms.crd = dict(name='crd', student='pooled', teacher='pooled',"
+  " weight=0.8, embedding=4, num_negatives=8)",
+  "c.phases.distilled.optimizer = dict(name='dot', learning_rate=0.01,"
+  " weight_decay=5e-4, decay_on='kernels', clip=0.0)",
+)
+
+
+def test_several_levels_in_one_config(tmp_path, finished, data_dir, capsys):
+  config = changed(tmp_path, *MULTI_LEVEL)
+  teacher = f"--config.teacher.checkpoint={finished / 'seed_0' / 'teacher'}"
+  workdir = tmp_path / "run"
+  assert run(config, workdir, data_dir, teacher) == 0
+  rows = [
+    row
+    for row in logged(workdir / "seed_0" / "student_distilled")
+    if "loss/total" in row
+  ]
+  names = ["hints/stage_2", "hints/stage_3", "attention", "crd"]
+  assert len(rows) == 3
+  for row in rows:
+    for name in ("hard", "soft", *names):
+      assert np.isfinite(row[f"loss/{name}"])
+    total = sum(
+      row[f"weight/{name}"] * row[f"loss/{name}"]
+      for name in ("hard", "soft", *names)
+    )
+    np.testing.assert_allclose(row["loss/total"], total, rtol=1e-5)
+  for name, want in {
+    "hints/stage_2": [1, 0.5, 0],
+    "hints/stage_3": [1, 0.5, 0],
+    "attention": [0, 4, 8],
+  }.items():
+    assert [row[f"weight/{name}"] for row in rows] == pytest.approx(want)
+  results = json.loads((workdir / "results.json").read_text())
+  plain = json.loads((finished / "results.json").read_text())
+  # What the terms own is no part of the student.
+  for number in ("parameters", "flops"):
+    assert (
+      results["student_distilled"][number]
+      == results["student_alone"][number]
+      == plain["student_distilled"][number]
+    )
+  # Alone, the student has no terms, and no other optimizer.
+  assert results["student_alone"] == plain["student_alone"]
+  # The student that was distilled starts another run as a plain network.
+  named = workdir / "seed_0" / "student_distilled"
+  again = tmp_path / "again"
+  start = f"--config.student.checkpoint={named}"
+  shown = ("--config.phases.alone.steps=1", "--config.phases.distilled.steps=1")
+  assert run("digits.py:smoke", again, data_dir, teacher, start, *shown) == 0
+
+
+SIMKD = (
+  "c.student.classifier = 'teacher'",
+  "c.alpha = None",
+  "c.hard_weight = 0.0",
+  "c.soft_weight = 0.0",
+  "c.terms.features = dict(name='hint', weight=1.0, student='projected',"
+  " teacher='stage_3')",
+)
+
+
+def test_simkd_from_a_config(tmp_path, finished, data_dir):
+  workdir = tmp_path / "run"
+  teacher = finished / "seed_0" / "teacher"
+  named = f"--config.teacher.checkpoint={teacher}"
+  assert run(changed(tmp_path, *SIMKD), workdir, data_dir, named) == 0
+  rows = logged(workdir / "seed_0" / "student_distilled")
+  for row in rows:
+    if "loss/total" in row:
+      assert row["loss/total"] == pytest.approx(row["loss/features"], rel=1e-6)
+      assert row["weight/hard"] == row["weight/soft"] == 0
+  results = json.loads((workdir / "results.json").read_text())
+  plain = json.loads((finished / "results.json").read_text())
+  assert results["student_alone"] == plain["student_alone"]
+  # The trunk's 16 channels -> 16 -> 16 -> 32, as wide as the teacher's, each
+  # with scale and bias; then the teacher's classifier of 32 in place of 16.
+  projector = 16 * 16 + 9 * 16 * 16 + 16 * 32 + 2 * (16 + 16 + 32)
+  assert results["student_distilled"]["parameters"] == (
+    results["student_alone"]["parameters"]
+    + projector
+    + (32 * 10 + 10)
+    - (16 * 10 + 10)
+  )
+  # Started again, it trains nothing and measures the same.
+  before = (workdir / "results.json").read_text()
+  assert run(changed(tmp_path, *SIMKD), workdir, data_dir, named) == 0
+  assert (workdir / "results.json").read_text() == before
+
+
+def term(name, student="stage_3", teacher="stage_3", **more):
+  arguments = dict(name=name, weight=1.0, student=student, teacher=teacher)
+  return f"c.terms.t = {arguments | more!r}"
+
+
+LINEAR = dict(projector=dict(name="linear"))
+
+
+@pytest.mark.parametrize(
+  ("lines", "says"),
+  [
+    (
+      [term("hint", student="stag_3")],
+      "terms.t: unknown student tap 'stag_3': did you mean 'stage_3'? known: ",
+    ),
+    ([term("hint", teacher="block_*")], "unknown teacher tap 'block_*'"),
+    # The taps are those of the network that is distilled.
+    ([term("hint", student="projected")], "unknown student tap 'projected'"),
+    (
+      [term("hint")],
+      "student activation has shape (64, 2, 2, 16), the teacher's "
+      "(64, 2, 2, 32): give the term a projector",
+    ),
+    (
+      [term("hint", teacher="stage_2", **LINEAR)],
+      "no projector brings an activation [B, 2, 2, 16] to [B, 4, 4, 16]",
+    ),
+    (
+      [term("hint", teacher="pooled", **LINEAR)],
+      "no projector brings an activation [B, 2, 2, 16] to [B, 32]",
+    ),
+    (
+      [term("hint", "stage_[12]", "stage_[123]", **LINEAR)],
+      "matches 2 student taps (stage_1, stage_2)",
+    ),
+    (
+      [term("crd", "pooled", "pooled", num_examples=100)],
+      "memory bank of 100 rows is smaller than the dataset's 1200 examples",
+    ),
+    (
+      ["c.phases.distilled.optimizer |= dict(name='dot', clip=1.0)"],
+      "phases.distilled.optimizer",
+    ),
+    (["c.student.drop_head = True"], "drop_head is set and there is no check"),
+    (
+      ["c.student.classifier = 'teachers'"],
+      "unknown student.classifier 'teachers': did you mean 'teacher'",
+    ),
+    (
+      [*SIMKD[:4], term("hint", "projected", "stage_2")],
+      "student activation has shape (64, 2, 2, 32), the teacher's (64, 4, 4",
+    ),
+  ],
+)
+def test_mistakes_in_terms_are_one_line_and_leave_no_folder(
+  lines, says, tmp_path, data_dir, capsys
+):
+  workdir = tmp_path / "run"
+  assert run(changed(tmp_path, *lines), workdir, data_dir) == 2
+  error = capsys.readouterr().err
+  assert says in error
+  assert error.startswith("kdjax: ")
+  assert error.count("\n") == 1
+  assert not workdir.exists()
 
 
 def test_no_arguments_show_the_help(capsys):

@@ -20,12 +20,13 @@ def load(
   """A dataset by its name.
 
   `digits` comes with scikit-learn, is written to `data_dir` at the first call
-  and held in memory. Every other name is a TFDS dataset already prepared in a
-  format with random access (array_record); it is read without TensorFlow and
-  never downloaded from here: a pod's processes would all do so at once.
+  and held in memory. `photos` does too, and is never written. Every other name
+  is a TFDS dataset already prepared in a format with random access
+  (array_record); it is read without TensorFlow and never downloaded from here:
+  a pod's processes would all do so at once.
 
   Args:
-    name: `digits`, or TFDS's `name[/config][:version]`.
+    name: `digits`, `photos`, or TFDS's `name[/config][:version]`.
     split: TFDS's split syntax, such as `train`, `train[:90%]`, `train+test`.
     data_dir: where datasets are kept. By default `$TFDS_DATA_DIR`; without it
       TFDS's own folder, and for the digits a cache folder.
@@ -39,6 +40,10 @@ def load(
       from kdjax.data import digits
 
       return in_memory(_open(name, split, digits.builder(data_dir)))
+    if name == "photos":
+      from kdjax.data import photos
+
+      return photos.photos(split)
     return _open(name, split, _prepared_builder(name, data_dir))
 
 
@@ -101,7 +106,7 @@ def _prepared_builder(
     builder = tfds.builder(name, data_dir=folder)
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
-    raise unknown("dataset", name, ["digits", *known]) from error
+    raise unknown("dataset", name, ["digits", "photos", *known]) from error
   except (AssertionError, ImportError, ValueError) as error:
     raise UserError(
       f"TFDS cannot open {name!r}: {_first_line(error)}: give it as "

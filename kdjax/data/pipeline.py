@@ -17,12 +17,14 @@ Transform = Callable[[np.ndarray], np.ndarray]
 PerChannel = float | Sequence[float]
 
 # Mean and standard deviation of the training pixels by channel, on 0..1. The
-# digits' come from their train split, the others are the customary ones.
+# digits' and the photos' come from their train split, the others are the
+# customary ones.
 NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   "digits": ((0.3055,), (0.3754,)),
   "mnist": ((0.1307,), (0.3081,)),
   "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
   "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+  "photos": ((0.4173, 0.4496, 0.4023), (0.3651, 0.2892, 0.3203)),
   "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 

@@ -1,18 +1,24 @@
-"""Equations on the class axis, `[*batch, classes]` -> float32 `[*batch]`.
+"""Equations on arrays: one float32 number for each example.
 
-p is the teacher, q the student; the temperature T divides both logits. A loss
+Losses on logits reduce the class axis, `[*batch, classes]` -> `[*batch]`. p is
+the teacher, q the student; the temperature T divides both logits. A loss
 masks nothing, averages nothing over the batch and multiplies by no T²: the
 objective does, in one place. The teacher gets no gradient.
 
 A class whose logit is -inf on either side leaves the support of both, and both
 are renormalised over the rest. An empty support, or a label outside it, is NaN.
 
+Losses on activations take maps `[B, H, W, C]`, tokens `[B, S, D]` or vectors
+`[B, D]`, and give `[B]`. Those that compare examples with one another say so
+(`couples`), and take `where` [B], the examples that exist.
+
 To add a loss, touch three files:
   1. `losses/<family>.py`: the function, `(student, teacher[, labels], *,
-     temperature=1.0, ...)`, decorated by `@logit_loss(power=...)`;
-  2. this one: its import, its name in `LOGIT_LOSSES`;
+     temperature=1.0, ...)` decorated by `@logit_loss(power=...)`, or `(student,
+     teacher, *, ...)` decorated by `@tap_loss()`;
+  2. this one: its import, its name in `LOGIT_LOSSES` or `TAP_LOSSES`;
   3. `tests/losses/<family>_test.py`: its equation and gradient in float64. The
-     contracts find it in `LOGIT_LOSSES`.
+     contracts find it in those two.
 """
 
 from collections.abc import Callable
@@ -20,6 +26,7 @@ from typing import Any
 
 from kdjax.losses.ab_divergence import alpha_beta
 from kdjax.losses.batchwise import dist, multi_level
+from kdjax.losses.contrastive import info_nce, noise_contrastive
 from kdjax.losses.divergences import (
   jeffreys,
   jsd,
@@ -29,6 +36,14 @@ from kdjax.losses.divergences import (
   skew_reverse_kl,
   total_variation,
 )
+from kdjax.losses.features import (
+  hint,
+  masked_generative,
+  review,
+  simple,
+  variational_information,
+)
+from kdjax.losses.information import correlation, mutual
 from kdjax.losses.labels import (
   cross_entropy,
   dkd,
@@ -39,7 +54,27 @@ from kdjax.losses.labels import (
   teacher_label,
 )
 from kdjax.losses.logits import logit_mse, ttm, wttm
+from kdjax.losses.preactivations import (
+  activation_boundary,
+  overhaul,
+  overhaul_margin,
+)
+from kdjax.losses.relations import (
+  correlation_congruence,
+  inter_channel,
+  probabilistic,
+  relational_angle,
+  relational_distance,
+  similarity_preserving,
+)
 from kdjax.losses.traits import Traits, logit_loss, tap_loss, traits
+from kdjax.losses.transfer import (
+  attention_maps,
+  attention_transfer,
+  factor,
+  flow,
+  nst,
+)
 from kdjax.losses.transforms import with_teacher_temperature, zscore
 
 # The losses on logits, by the name that configs give them.
@@ -66,23 +101,69 @@ LOGIT_LOSSES: dict[str, Callable[..., Any]] = {
   "wttm": wttm,
 }
 
+# The losses on activations alone, by the name that configs give. Those that
+# need more (a margin, a variance, a generator, a bank) are in `kdjax.terms`.
+TAP_LOSSES: dict[str, Callable[..., Any]] = {
+  "activation_boundary": activation_boundary,
+  "attention_maps": attention_maps,
+  "attention_transfer": attention_transfer,
+  "correlation": correlation,
+  "correlation_congruence": correlation_congruence,
+  "factor": factor,
+  "flow": flow,
+  "hint": hint,
+  "info_nce": info_nce,
+  "inter_channel": inter_channel,
+  "mutual": mutual,
+  "nst": nst,
+  "probabilistic": probabilistic,
+  "relational_angle": relational_angle,
+  "relational_distance": relational_distance,
+  "review": review,
+  "similarity_preserving": similarity_preserving,
+  "simple": simple,
+}
+
 __all__ = [
   "LOGIT_LOSSES",
+  "TAP_LOSSES",
   "Traits",
+  "activation_boundary",
   "alpha_beta",
+  "attention_maps",
+  "attention_transfer",
+  "correlation",
+  "correlation_congruence",
   "cross_entropy",
   "dist",
   "dkd",
+  "factor",
+  "flow",
+  "hint",
+  "info_nce",
+  "inter_channel",
   "jeffreys",
   "jsd",
   "kl",
   "logit_loss",
   "logit_mse",
+  "masked_generative",
   "multi_level",
+  "mutual",
   "nkd",
   "nkd_nontarget",
   "nkd_target",
+  "noise_contrastive",
+  "nst",
+  "overhaul",
+  "overhaul_margin",
+  "probabilistic",
+  "relational_angle",
+  "relational_distance",
   "reverse_kl",
+  "review",
+  "similarity_preserving",
+  "simple",
   "skew_kl",
   "skew_reverse_kl",
   "tap_loss",
@@ -91,6 +172,7 @@ __all__ = [
   "total_variation",
   "traits",
   "ttm",
+  "variational_information",
   "with_teacher_temperature",
   "wttm",
   "zscore",

@@ -40,6 +40,11 @@ def example_mean(values: Array) -> Float32[Array, " b"]:
   return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
+def magnitude(x: Array) -> Array:
+  """|x|, with slope 0 at 0 as in PyTorch; that of `jnp.abs` is 1."""
+  return x * jnp.sign(x)
+
+
 def l2_normalize(
   x: Array, axis: int | tuple[int, ...] = -1, epsilon: float = 1e-12
 ) -> Array:

@@ -1,62 +1,34 @@
 """Residual networks: `resnet_cifar` for 32 px (or 8), `resnet` for 224 px.
 
-Taps: `stem`, `stage_1` ... `stage_n` (after the last ReLU of the stage) and
-`pooled` (before the classifier), channel-last.
+Taps, channel-last: `stem`; `stage_1` ... `stage_n` after the stage's last ReLU
+and `preact_1` ... before it; `pooled`, the input of the classifier.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kdjax import errors
+from kdjax.models.layers import (
+  Activation,
+  ConvNorm,
+  max_pool,
+  mean_over_space,
+  through_stages,
+)
 from kdjax.types import Output
 
 
-class ConvNorm(nnx.Module):
-  """Convolution without bias, then batch normalisation."""
-
-  def __init__(
-    self,
-    inputs: int,
-    outputs: int,
-    size: int,
-    stride: int = 1,
-    *,
-    axis_name: str | None,
-    dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    # Explicit padding: "SAME" pads a stride of 2 on one side only, and
-    # pretrained weights of other libraries expect both.
-    self.conv = nnx.Conv(
-      inputs,
-      outputs,
-      (size, size),
-      strides=stride,
-      padding=size // 2,
-      use_bias=False,
-      dtype=dtype,
-      rngs=rngs,
-      kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    )
-    self.norm = nnx.BatchNorm(
-      outputs,
-      momentum=0.9,
-      epsilon=1e-5,
-      axis_name=axis_name,
-      dtype=dtype,
-      rngs=rngs,
-    )
-
-  def __call__(self, x: Array) -> Array:
-    return self.norm(self.conv(x))
-
-
 class Block(nnx.Module):
-  """Two 3x3 convolutions; with `expansion`, 1x1, 3x3, 1x1 (a bottleneck)."""
+  """x + F(x); the ReLU that follows is the caller's.
+
+  F is two 3x3 convolutions; with `expansion`, 1x1, 3x3, 1x1 (a bottleneck).
+  """
 
   def __init__(
     self,
@@ -64,31 +36,21 @@ class Block(nnx.Module):
     width: int,
     stride: int,
     *,
-    expansion: int = 0,
-    axis_name: str | None,
-    dtype: Any,
-    rngs: nnx.Rngs,
+    expansion: int,
+    layer: Callable[..., ConvNorm],
   ):
-    def layer(a: int, b: int, size: int, stride: int = 1) -> ConvNorm:
-      return ConvNorm(
-        a, b, size, stride, axis_name=axis_name, dtype=dtype, rngs=rngs
-      )
-
     if expansion:
       outputs = width * expansion
       # The stride is in the 3x3 convolution, as in torchvision ("v1.5").
-      self.layers = nnx.List(
-        [
-          layer(inputs, width, 1),
-          layer(width, width, 3, stride),
-          layer(width, outputs, 1),
-        ]
-      )
+      layers = [
+        layer(inputs, width, 1),
+        layer(width, width, 3, stride),
+        layer(width, outputs, 1),
+      ]
     else:
       outputs = width
-      self.layers = nnx.List(
-        [layer(inputs, width, 3, stride), layer(width, width, 3)]
-      )
+      layers = [layer(inputs, width, 3, stride), layer(width, width, 3)]
+    self.layers = nnx.List(layers)
     matches = stride == 1 and inputs == outputs
     self.shortcut = None if matches else layer(inputs, outputs, 1, stride)
 
@@ -96,7 +58,7 @@ class Block(nnx.Module):
     y = x
     for n, layer in enumerate(self.layers):
       y = layer(y) if n == 0 else layer(nnx.relu(y))
-    return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+    return y + (x if self.shortcut is None else self.shortcut(x))
 
 
 class ResNet(nnx.Module):
@@ -104,36 +66,27 @@ class ResNet(nnx.Module):
 
   def __init__(
     self,
+    stem: ConvNorm,
     blocks: Sequence[int],
     widths: Sequence[int],
     *,
-    num_classes: int,
-    channels: int,
-    stem: Callable[..., nnx.Module],
-    stem_width: int,
+    pool: Activation,
+    inputs: int,
     expansion: int,
-    axis_name: str | None,
+    num_classes: int,
+    layer: Callable[..., ConvNorm],
     dtype: Any,
     rngs: nnx.Rngs,
   ):
-    self.stem = stem(
-      channels, stem_width, axis_name=axis_name, dtype=dtype, rngs=rngs
-    )
-    inputs, stages = stem_width, []
+    self.stem = stem
+    self.pool = pool
+    stages = []
     for n, (count, width) in enumerate(zip(blocks, widths)):
       stage = []
       for i in range(count):
         stride = 2 if n > 0 and i == 0 else 1
         stage.append(
-          Block(
-            inputs,
-            width,
-            stride,
-            expansion=expansion,
-            axis_name=axis_name,
-            dtype=dtype,
-            rngs=rngs,
-          )
+          Block(inputs, width, stride, expansion=expansion, layer=layer)
         )
         inputs = width * (expansion or 1)
       stages.append(nnx.List(stage))
@@ -141,56 +94,11 @@ class ResNet(nnx.Module):
     self.classifier = nnx.Linear(inputs, num_classes, dtype=dtype, rngs=rngs)
 
   def __call__(self, image: Float[Array, "b h w c"]) -> Output:
-    taps = {}
-    x = taps["stem"] = self.stem(image)
-    for n, stage in enumerate(self.stages, 1):
-      for block in stage:
-        x = block(x)
-      taps[f"stage_{n}"] = x
-    x = taps["pooled"] = jnp.mean(x, axis=(1, 2))
+    stem = self.pool(self.stem(image))
+    x, taps = through_stages(self.stages, stem)
+    x = mean_over_space(x)
+    taps |= {"stem": stem, "pooled": x}
     return Output(self.classifier(x), taps)
-
-
-class SmallStem(nnx.Module):
-  """3x3 convolution at full resolution."""
-
-  def __init__(
-    self,
-    inputs: int,
-    outputs: int,
-    *,
-    axis_name: str | None,
-    dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    self.layer = ConvNorm(
-      inputs, outputs, 3, axis_name=axis_name, dtype=dtype, rngs=rngs
-    )
-
-  def __call__(self, x: Array) -> Array:
-    return nnx.relu(self.layer(x))
-
-
-class LargeStem(nnx.Module):
-  """7x7 convolution and max pooling, each halving the image."""
-
-  def __init__(
-    self,
-    inputs: int,
-    outputs: int,
-    *,
-    axis_name: str | None,
-    dtype: Any,
-    rngs: nnx.Rngs,
-  ):
-    self.layer = ConvNorm(
-      inputs, outputs, 7, 2, axis_name=axis_name, dtype=dtype, rngs=rngs
-    )
-
-  def __call__(self, x: Array) -> Array:
-    x = nnx.relu(self.layer(x))
-    both_sides: Any = ((1, 1), (1, 1))  # nnx declares only the names
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=both_sides)
 
 
 def resnet_cifar(
@@ -222,15 +130,19 @@ def resnet_cifar(
     raise errors.UserError(
       f"resnet_cifar got depth={depth}, needs 6n + 2: take 8, 14, 20 ..."
     )
+  layer = functools.partial(
+    ConvNorm, axis_name=axis_name, dtype=dtype, rngs=rngs
+  )
+  inputs = stem_width or width
   return ResNet(
+    layer(channels, inputs, 3, activation=nnx.relu),
     [blocks] * 3,
     [width, 2 * width, 4 * width],
-    num_classes=num_classes,
-    channels=channels,
-    stem=SmallStem,
-    stem_width=stem_width or width,
+    pool=jax.nn.identity,
+    inputs=inputs,
     expansion=0,
-    axis_name=axis_name,
+    num_classes=num_classes,
+    layer=layer,
     dtype=dtype,
     rngs=rngs,
   )
@@ -256,21 +168,27 @@ def resnet(
   dtype: Any = jnp.float32,
   rngs: nnx.Rngs,
 ) -> ResNet:
-  """ResNet-18/34/50/101/152 for 224 px (He et al. 2015, table 1)."""
+  """ResNet-18/34/50/101/152 for 224 px (He et al. 2015, table 1).
+
+  The stem is a 7x7 convolution and max pooling, each halving the image.
+  """
   if depth not in _DEPTHS:
     raise errors.UserError(
       f"resnet got depth={depth}, needs one of {sorted(_DEPTHS)}"
     )
   blocks, expansion = _DEPTHS[depth]
+  layer = functools.partial(
+    ConvNorm, axis_name=axis_name, dtype=dtype, rngs=rngs
+  )
   return ResNet(
+    layer(channels, width, 7, 2, activation=nnx.relu),
     blocks,
     [width * 2**n for n in range(4)],
-    num_classes=num_classes,
-    channels=channels,
-    stem=LargeStem,
-    stem_width=width,
+    pool=max_pool,
+    inputs=width,
     expansion=expansion,
-    axis_name=axis_name,
+    num_classes=num_classes,
+    layer=layer,
     dtype=dtype,
     rngs=rngs,
   )

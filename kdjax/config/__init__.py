@@ -1,0 +1,26 @@
+"""A config file's values -> the objects that `distill` takes.
+
+Every key must be there and no other: nothing happens by a default that the
+config does not show. What an open mapping (`...`) holds is checked against the
+function that it names.
+"""
+
+from kdjax.config.goal import goal
+from kdjax.config.inputs import augment, eval_transform, mixup
+from kdjax.config.keys import KEYS, check_keys
+from kdjax.config.network import dtype, loaded, model
+from kdjax.config.optimizers import Optimizer, optimizer
+
+__all__ = [
+  "KEYS",
+  "Optimizer",
+  "augment",
+  "check_keys",
+  "dtype",
+  "eval_transform",
+  "goal",
+  "loaded",
+  "mixup",
+  "model",
+  "optimizer",
+]

@@ -1,0 +1,73 @@
+"""A config's networks, and the variables that they start from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax import adapters, checkpoint, errors, models, pretrained
+from kdjax.config.values import take_name
+from kdjax.types import Batch, Model, Variables
+
+
+def model(config: Mapping[str, Any], num_classes: int, channels: int) -> Model:
+  """The network that `config` names, computing in its dtype.
+
+  Args:
+    config: of a network.
+    num_classes, channels: the data's; `config.num_classes` goes before, if it
+      is not 0.
+  """
+  arguments = dict(config["model"])
+  make = errors.choose("model", take_name(arguments, "model"), models.MODELS)
+  classes = config["num_classes"] or num_classes
+  arguments |= {"num_classes": classes, "channels": channels}
+  arguments["dtype"] = dtype(config["dtype"])
+
+  def build(rngs: nnx.Rngs) -> nnx.Module:
+    return errors.call("model", make, {**arguments, "rngs": rngs})
+
+  return adapters.from_nnx(build)
+
+
+def loaded(
+  config: Mapping[str, Any], network: Model, batch: Batch
+) -> Variables | None:
+  """The variables of `config.checkpoint`; None where it names nothing.
+
+  It is the folder of a run's phase, or pretrained weights: a .safetensors file,
+  a folder that holds one, or a name on the model hub. With `drop_head` the
+  classifier keeps the values of its initialisation.
+
+  Raises:
+    UserError: what is there does not fit the network, or is damaged.
+  """
+  path, drop_head = config["checkpoint"], config["drop_head"]
+  if not path:
+    if drop_head:
+      raise errors.UserError(
+        "drop_head is set and there is no checkpoint: name one, or unset it"
+      )
+    return None
+  key = jax.random.key(0)
+  if not pretrained.is_weights(path):
+    if drop_head:
+      raise errors.UserError(
+        f"drop_head is for pretrained weights, {path} is a run's folder: unset "
+        "drop_head, or export the network first"
+      )
+    inside = Path(path) / "checkpoints"
+    like = jax.eval_shape(network.init, key, batch)
+    return checkpoint.load_params(inside if inside.exists() else path, like)
+  start = network.init(key, batch)
+  family = dict(config["model"])["name"]
+  return pretrained.read(path, start, family=family, drop_head=drop_head)
+
+
+def dtype(name: str) -> Any:
+  return errors.choose(
+    "dtype", name, {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+  )
