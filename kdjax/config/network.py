@@ -1,5 +1,6 @@
 """A config's networks, and the variables that they start from."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def loaded(
       )
     return None
   key = jax.random.key(0)
-  if not pretrained.is_weights(path):
+  if not _is_weights(path):
     if drop_head:
       raise errors.UserError(
         f"drop_head is for pretrained weights, {path} is a run's folder: unset "
@@ -62,9 +63,25 @@ def loaded(
     inside = Path(path) / "checkpoints"
     like = jax.eval_shape(network.init, key, batch)
     return checkpoint.load_params(inside if inside.exists() else path, like)
-  start = network.init(key, batch)
-  family = dict(config["model"])["name"]
-  return pretrained.read(path, start, family=family, drop_head=drop_head)
+  arguments = dict(config["model"])
+  family = arguments.pop("name")
+  return pretrained.read(
+    path,
+    network.init(key, batch),
+    family=family,
+    arguments=arguments,
+    drop_head=drop_head,
+  )
+
+
+def _is_weights(path: str) -> bool:
+  """Whether a checkpoint's name means weights, and no folder of a run."""
+  there = Path(path)
+  if there.is_dir():
+    return any(there.glob("*.safetensors*"))
+  # On the hub a name is owner/model; no file is needed to tell.
+  on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+  return there.exists() or there.suffix == ".safetensors" or on_hub
 
 
 def dtype(name: str) -> Any:
