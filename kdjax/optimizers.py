@@ -16,7 +16,7 @@ class DotState(NamedTuple):
 
   hard: PyTree
   soft: PyTree
-  count: Array
+  step: Array
 
 
 def dot(
@@ -84,10 +84,10 @@ def dot(
       return jax.tree_util.tree_map_with_path(one, velocity, gradient)
 
     new = DotState(
-      moved(-1, state.hard, hard), moved(1, state.soft, soft), state.count + 1
+      moved(-1, state.hard, hard), moved(1, state.soft, soft), state.step + 1
     )
     rate = (
-      learning_rate(state.count) if callable(learning_rate) else learning_rate
+      learning_rate(state.step) if callable(learning_rate) else learning_rate
     )
     return jax.tree.map(lambda a, b: -rate * (a + b), new.hard, new.soft), new
 

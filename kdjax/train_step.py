@@ -48,7 +48,11 @@ def init_state(
   """
   goal = _objective(terms)
   init_key, term_key, step_key = jax.random.split(key, 3)
-  params, stats = variables or student.init(init_key, batch)
+  if variables is None:
+    params, stats = student.init(init_key, batch)
+  else:
+    # Copies: a step donates its state, and the caller may start again.
+    params, stats = jax.tree.map(jnp.array, variables)
   owners = [t for t in goal.terms if t.init is not None]
   term_params, term_state = {}, {}
   if owners:

@@ -1,5 +1,7 @@
 """NNX, Linen and bare functions are one kind of Model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from kdjax.adapters import cast, from_linen, from_nnx
+from kdjax.adapters import cast, from_linen, from_nnx, tap_specs
 from kdjax.errors import UserError
+from kdjax.types import Output
 
 BATCH = {
   "image": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3),
@@ -132,3 +135,72 @@ def test_cast_changes_floating_arrays_alone():
   got = cast(tree, jnp.bfloat16)
   assert got["a"].dtype == jnp.bfloat16
   assert got["n"].dtype == jnp.int32
+
+
+class Tapped(nnx.Module):
+  """A network that names taps of its own."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(3, 8, rngs=rngs)
+    self.last = nnx.Linear(8, 5, rngs=rngs)
+
+  def __call__(self, x):
+    hidden = nnx.relu(self.first(x))
+    return Output(self.last(hidden), {"hidden": hidden, "doubled": 2 * hidden})
+
+
+SPECIFIED = {
+  "own taps": (from_nnx(Tapped), {"hidden": (4, 8), "doubled": (4, 8)}),
+  "nnx": (
+    MODELS["nnx"],
+    {
+      "first": (4, 8),
+      "norm": (4, 8),
+      "dropout": (4, 8),
+      "blocks/0": (4, 8),
+      "blocks/1": (4, 8),
+      "last": (4, 5),
+    },
+  ),
+  "linen": (
+    MODELS["linen"],
+    {"first": (4, 8), "norm": (4, 8), "Dropout_0": (4, 8), "last": (4, 5)},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_tap_specs_are_the_taps_there_are_and_their_shapes(name):
+  model, want = SPECIFIED[name]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH)
+  specs = tap_specs(model, shapes, BATCH)
+  assert {k: s.shape for k, s in specs.items()} == want
+  assert all(isinstance(s, jax.ShapeDtypeStruct) for s in specs.values())
+  # Each of them can be asked for, and is of that shape.
+  for tap, shape in want.items():
+    apply = functools.partial(model.apply, train=False, taps=(tap,))
+    output, _ = jax.eval_shape(apply, *shapes, BATCH)
+    assert {k: s.shape for k, s in output.taps.items()} == {tap: shape}
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_a_tap_that_does_not_exist_lists_those_that_do(name):
+  model, want = SPECIFIED[name]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH)
+  apply = functools.partial(model.apply, train=False, taps=("absent",))
+  with pytest.raises(UserError, match="unknown tap 'absent'") as told:
+    jax.eval_shape(apply, *shapes, BATCH)
+  for tap in want:
+    assert tap in str(told.value)
+
+
+def test_a_submodule_can_be_tapped_beside_a_networks_own_taps():
+  model = SPECIFIED["own taps"][0]
+  params, stats = model.init(jax.random.key(0), BATCH)
+  output, _ = model.apply(
+    params, stats, BATCH, train=False, taps=("first", "hidden")
+  )
+  np.testing.assert_array_equal(
+    output.taps["hidden"], np.maximum(output.taps["first"], 0)
+  )
+  assert set(output.taps) == {"first", "hidden"}

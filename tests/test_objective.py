@@ -1,5 +1,7 @@
 """total = alpha·hard + (1 − alpha)·T²·soft: masks, means and schedules."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from networks import softmax
 from kdjax import losses, objective, totals
 from kdjax.errors import UserError
 from kdjax.objective import Objective, Term, hinton
+from kdjax.types import Output
 
 RNG = np.random.default_rng(0)
 S, T = RNG.normal(size=(2, 6, 5)) * 2
@@ -250,3 +253,120 @@ def test_what_no_step_should_begin_with_is_refused(goal, says):
 def test_a_term_that_needs_a_teacher_is_refused_without_one():
   with pytest.raises(UserError, match="'soft' compares with a teacher"):
     objective.check(hinton(alpha=0.1), 10, has_teacher=False)
+
+
+LOGITS = ("logits", "logits")
+OURS, THEIRS = RNG.normal(size=(2, 6, 4))
+
+
+def on_taps(terms, mask=None, student=OURS, logits=S):
+  """Shares of the total and sums of terms that read taps, with no variables."""
+  batch = {"mask": np.ones(6) if mask is None else mask, "label": LABEL}
+  batch = {k: jnp.asarray(v) for k, v in batch.items()}
+  other = [t for t in terms if not t.reads_logits]
+  shares, sums, _ = totals.other_terms(
+    other,
+    Output(jnp.float32(logits), {"hidden": jnp.float32(student)}),
+    Output(jnp.float32(T), {"hidden": jnp.float32(THEIRS)}),
+    batch,
+    totals.denominators(terms, batch),
+    jnp.int32(0),
+    {t.name: {} for t in other},
+    {t.name: {} for t in other},
+    jax.random.key(0),
+  )
+  return sum(shares.values()), totals.metrics(
+    Objective(tuple(other)), sums, jnp.int32(0)
+  )
+
+
+@pytest.mark.parametrize("temperature", [3.0, (1.0, 4.0)])
+@pytest.mark.parametrize(
+  "loss", [losses.kl, losses.total_variation, losses.dkd, losses.dist]
+)
+def test_a_logit_loss_on_the_taps_named_logits_is_the_plain_term(
+  loss, temperature
+):
+  plain = Term("t", loss, 0.5, temperature=temperature)
+  mask = np.array([1, 1, 0, 1, 0, 1.0])
+  named = dataclasses.replace(plain, taps=LOGITS)
+  assert not named.reads_logits
+  assert Objective((named,)).taps(0) == ()
+  total, metrics = on_taps([named], mask)
+  want, wanted = evaluated(Objective((plain,)), {"mask": mask})
+  np.testing.assert_allclose(total, want, rtol=1e-6)
+  np.testing.assert_allclose(metrics["loss/t"], wanted["loss/t"], rtol=1e-6)
+
+
+def test_a_distillation_head_has_its_power_of_t():
+  term = Term("head", losses.kl, temperature=3.0, taps=("hidden", "hidden"))
+  want = 9 * kl(OURS, THEIRS, 3.0).mean()
+  np.testing.assert_allclose(on_taps([term])[0], want, rtol=1e-5)
+  mixed = dataclasses.replace(
+    term, taps=("hidden", "logits"), scale_by_temperature=False
+  )
+  wide = np.concatenate([OURS, OURS[:, :1]], 1)
+  want = kl(wide, T, 3.0).mean()
+  got = on_taps([mixed], student=wide)[0]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_several_taps_come_as_a_tuple_in_their_order():
+  def gap(student, teacher):
+    (a, b), (x, y) = student, teacher
+    return jnp.sum((a[:, :4] - x) ** 2, -1) + 2 * jnp.sum((b - y) ** 2, -1)
+
+  term = Term("gap", gap, taps=(("logits", "hidden"), ("hidden", "hidden")))
+  assert Objective((term,)).taps(0) == Objective((term,)).taps(1) == ("hidden",)
+  want = ((S[:, :4] - THEIRS) ** 2).sum(-1) + 2 * ((OURS - THEIRS) ** 2).sum(-1)
+  np.testing.assert_allclose(on_taps([term])[0], want.mean(), rtol=1e-5)
+
+
+def test_taps_are_asked_for_once_each_and_logits_never():
+  terms = (
+    Term("a", losses.hint, taps=("one", "logits")),
+    Term("b", losses.hint, taps=(("two", "logits", "one"), ("x", "y", "x"))),
+    Term("c", losses.kl),
+  )
+  assert Objective(terms).taps(0) == ("one", "two")
+  assert Objective(terms).taps(1) == ("x", "y")
+
+
+def square(params, state, student, teacher, batch, key):
+  return jnp.sum(student**2, -1) / jnp.sum(student**2 + teacher**2, -1), state
+
+
+@pytest.mark.parametrize("owns", [False, True])
+def test_a_masked_row_of_taps_weighs_nothing_even_when_it_is_nan(owns):
+  term = Term("h", losses.hint, taps=("hidden", "hidden"))
+  if owns:
+    term = dataclasses.replace(term, loss=square, init=lambda *_: ({}, {}))
+  mask = np.array([1, 1, 0, 1, 0, 1.0])
+  keep = mask > 0
+  student = OURS.copy()
+  student[~keep] = np.nan
+
+  def total(student):
+    return on_taps([term], mask, student)[0]
+
+  value, gradient = jax.value_and_grad(total)(jnp.float32(student))
+  if owns:
+    want = (OURS**2).sum(-1) / (OURS**2 + THEIRS**2).sum(-1)
+  else:
+    want = ((OURS - THEIRS) ** 2).mean(-1)
+  np.testing.assert_allclose(value, want[keep].mean(), rtol=1e-5)
+  np.testing.assert_array_equal(gradient[~keep], 0)
+  assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda s, t: jnp.mean((s - t) ** 2),
+    lambda s, t: (s - t) ** 2,
+    lambda s, t: jnp.mean((s - t) ** 2, -1, keepdims=True),
+  ],
+)
+def test_a_loss_that_is_not_one_number_an_example_is_named(loss):
+  with pytest.raises(UserError, match=r"term 'mine' has shape .* one number"):
+    on_taps([Term("mine", loss, taps=("hidden", "hidden"))])

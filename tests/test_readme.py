@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax import config, losses, parallel, train
+from kdjax import config, losses, parallel, terms, train
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.zh.md"]
@@ -58,30 +58,42 @@ def test_both_readmes_have_the_same_first_example():
   assert comment.sub("", translated) == comment.sub("", first)
 
 
-def table_of_losses():
-  """{name: power} as README.md has them."""
+def rows_of(heading):
+  """The rows of README.md's table whose first heading it is, by column."""
   rows = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in read("README.md").splitlines()
     if line.startswith("|")
   ]
-  head = next(row for row in rows if row[0] == "loss")
-  found = {}
-  for row in rows[rows.index(head) + 2 :]:
+  head = next(row for row in rows if row[0] == heading)
+  first = rows.index(head) + 2
+  found = []
+  for row in rows[first:]:
+    if not row[0].startswith("`"):
+      break  # the next table
     assert len(row) == len(head), row
-    name = row[0].strip("`")
-    assert name not in found
-    found[name] = int(row[head.index("power")])
+    found.append(dict(zip(head, row)))
+  names = [row[heading] for row in found]
+  assert len(set(names)) == len(names)
   return found
 
 
 def test_table_has_losses_that_exist_with_their_power_of_t():
   # Not every loss must be in it: a new one touches three files.
-  told = table_of_losses()
+  told = {r["loss"].strip("`"): int(r["power"]) for r in rows_of("loss")}
   assert len(told) >= 18
   assert told == {
     name: losses.traits(losses.LOGIT_LOSSES[name]).power for name in told
   }
+
+
+def test_the_table_of_activation_losses_names_those_that_exist():
+  told = [r["activation loss"] for r in rows_of("activation loss")]
+  plain = {t.strip("` *") for t in told if not t.endswith("*")}
+  owning = {t.strip("` *") for t in told if t.endswith("*")}
+  assert len(told) >= 22  # a new one touches three files
+  assert owning <= set(terms.TERMS)
+  assert plain <= set(losses.TAP_LOSSES) - set(terms.TERMS)
 
 
 def commands():

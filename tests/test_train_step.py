@@ -1,6 +1,7 @@
 """The step: frozen teacher, one compilation, the same numbers however split."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import losses, parallel
+import kdjax
+from kdjax import checkpoint, losses, parallel, terms
 from kdjax.errors import UserError
 from kdjax.objective import Objective, Term, hinton
-from kdjax.train_step import init_state, jit_step, make_train_step, pmap_step
+from kdjax.train_step import (
+  init_state,
+  jit_step,
+  make_train_step,
+  pmap_step,
+  state_shardings,
+)
 
 TEACHER, FROZEN = networks.teacher()
 MESH = parallel.make_mesh(1)
@@ -335,3 +343,144 @@ def test_a_self_teacher_is_read_from_the_state():
   _, metrics = jax.jit(step)(state, (), BATCH)
   assert abs(float(metrics["loss/soft"])) < 1e-6
   assert float(metrics["grad_norm"]) < 1e-6
+
+
+def contrasted(**kwargs):
+  return hinton(alpha=0.1) + [
+    terms.crd(
+      "crd",
+      ("hidden", "hidden"),
+      weight=0.5,
+      num_examples=100,
+      embedding=4,
+      num_negatives=8,
+      **kwargs,
+    )
+  ]
+
+
+INDEXED = BATCH | {"index": (7 * np.arange(32) % 100).astype(np.int32)}
+BANKS = ("student_bank", "teacher_bank")
+
+
+def split_over(mesh):
+  """Three steps with the banks split; the state as it lies, and the metrics."""
+  student, tx, goal = networks.bare(), optax.sgd(0.1), contrasted()
+  args = student, TEACHER, goal, tx
+  state = init_state(*args, jax.random.key(0), INDEXED, frozen=FROZEN)
+  shardings = state_shardings(goal, state, mesh)
+  state = jax.device_put(state, shardings)
+  before = jax.device_get(state.term_state["crd"])
+  step = jit_step(make_train_step(*args), mesh, shardings)
+  frozen = parallel.put(FROZEN, mesh)
+  for _ in range(3):
+    state, metrics = step(state, frozen, parallel.put_batch(INDEXED, mesh))
+  return before, state, metrics
+
+
+def test_sharded_state_lies_split_and_its_steps_are_those_of_one_device():
+  before, eight, metrics = split_over(parallel.make_mesh(8))
+  for name in BANKS:
+    bank = eight.term_state["crd"][name]
+    assert bank.shape == (128, 4)
+    rows = [s.index[0] for s in bank.addressable_shards]
+    assert sorted(r.start for r in rows) == [16 * n for n in range(8)]
+    assert {s.data.shape for s in bank.addressable_shards} == {(16, 4)}
+  for rest in jax.tree.leaves(
+    [eight.params, eight.term_params, eight.term_state["crd"]["log_z"]]
+  ):
+    assert rest.sharding.is_fully_replicated
+  _, one, wanted = split_over(MESH)
+  plain = [s.replace(key=()) for s in (eight, one)]
+  # Scores are divided by T = 0.07, and their sums run in another order.
+  assert_close(*plain, atol=1e-5)
+  for name, value in jax.device_get(wanted).items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6)
+  moved = np.any(
+    before["student_bank"] != jax.device_get(one.term_state["crd"])[BANKS[0]],
+    axis=1,
+  )
+  seen = INDEXED["index"][INDEXED["mask"] > 0]
+  np.testing.assert_array_equal(np.flatnonzero(moved), np.sort(seen))
+
+
+def test_an_array_that_the_devices_do_not_divide_stays_whole():
+  goal = Objective(
+    (Term("t", losses.hint, init=lambda *_: ({}, {}), sharded=("even", "odd")),)
+  )
+  held = {"even": jnp.zeros((16, 2)), "odd": jnp.zeros((15, 2))}
+  student, tx = networks.bare(), optax.sgd(0.1)
+  state = start(student, hinton(alpha=0.1), tx)
+  state = state.replace(term_state={"t": held | {"rest": jnp.zeros(8)}})
+  got = state_shardings(goal, state, parallel.make_mesh(8))
+  assert not got.term_state["t"]["even"].is_fully_replicated
+  assert got.term_state["t"]["odd"].is_fully_replicated
+  assert got.term_state["t"]["rest"].is_fully_replicated
+  assert all(s.is_fully_replicated for s in jax.tree.leaves(got.params))
+
+
+def test_a_bank_is_saved_and_goes_on_where_it_was(tmp_path):
+  class Killed(BaseException):
+    pass
+
+  def batches(kill_at=None):
+    for n in itertools.count():
+      if n == kill_at:
+        raise Killed
+      index = (np.arange(16) * 5 + n).astype(np.int32)
+      yield networks.batch(16, seed=n, index=index)
+
+  def run(folder, **kwargs):
+    return kdjax.distill(
+      student=networks.bare(),
+      teacher=TEACHER,
+      teacher_variables=FROZEN,
+      train=batches(**kwargs),
+      steps=4,
+      save_every=2,
+      mesh=parallel.make_mesh(8),
+      quiet=True,
+      terms=contrasted(),
+      optimizer=optax.sgd(0.1),
+      folder=tmp_path / folder,
+    ).state
+
+  whole = run("whole")
+  with pytest.raises(Killed):
+    run("killed", kill_at=3)
+  again = run("killed")
+  a, b = (jax.device_get(s.replace(key=())) for s in (again, whole))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  for state in (whole, again):
+    shards = state.term_state["crd"]["teacher_bank"].addressable_shards
+    assert {s.data.shape for s in shards} == {(16, 4)}
+  assert set(whole.params) == {"first", "last"}
+  kept = checkpoint.restore(tmp_path / "killed" / "checkpoints", whole)
+  assert kept is not None
+  assert_close(kept.state.term_state, whole.term_state, atol=0)
+  assert_close(kept.state.term_params, whole.term_params, atol=0)
+
+
+def test_a_term_names_what_its_taps_lack():
+  goal = Objective((Term("h", losses.hint, taps=("hidden", "hidden")),))
+  student, tx = networks.bare(), optax.sgd(0.1)
+  step = make_train_step(student, TEACHER, goal, tx)
+  state = start(student, goal, tx)
+  with pytest.raises(UserError, match=r"\(32, 8\), the teacher's \(32, 16\)"):
+    jax.eval_shape(step, state, FROZEN, BATCH)
+
+
+def test_variables_to_start_from_outlive_the_run():
+  student, tx, terms = networks.bare(), optax.sgd(0.1), hinton(alpha=0.1)
+  given = student.init(jax.random.key(3), BATCH)
+  args = student, TEACHER, terms, tx
+  state = init_state(
+    *args, jax.random.key(0), BATCH, frozen=FROZEN, variables=given
+  )
+  jax.tree.map(np.testing.assert_array_equal, state.params, given[0])
+  jit_step(make_train_step(*args), MESH)(
+    parallel.put(state, MESH),
+    parallel.put(FROZEN, MESH),
+    parallel.put_batch(BATCH, MESH),
+  )
+  assert not any(x.is_deleted() for x in jax.tree.leaves(given))
