@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from kdjax import errors
-from kdjax.types import Batch, Model, Output, Params, Stats
+from kdjax.types import Batch, Model, Output, Params, Stats, Variables
 
 Inputs = Callable[[Batch], Array]
 
@@ -184,7 +184,7 @@ def tap_specs(
     batch: an example batch, or its shapes.
   """
 
-  def all_taps(variables: Any, batch: Batch) -> Mapping[str, Array]:
+  def all_taps(variables: Variables, batch: Batch) -> Mapping[str, Array]:
     output, _ = model.apply(*variables, batch, train=False, taps=ALL_TAPS)
     return output.taps
 

@@ -9,7 +9,15 @@ ROOT = Path(__file__).parents[1] / "kdjax"
 ROWS = [
   {"errors"},
   {"types"},
-  {"losses", "models", "data", "schedules", "layer_map", "optimizers", "recipes"},
+  {
+    "losses",
+    "models",
+    "data",
+    "schedules",
+    "layer_map",
+    "optimizers",
+    "recipes",
+  },
   {"objective"},
   {"totals", "projectors"},
   {"adapters", "parallel", "terms"},

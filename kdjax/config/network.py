@@ -1,6 +1,5 @@
 """A config's networks, and the variables that they start from."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def loaded(
       )
     return None
   key = jax.random.key(0)
-  if not _is_weights(path):
+  if not pretrained.is_weights(path):
     if drop_head:
       raise errors.UserError(
         f"drop_head is for pretrained weights, {path} is a run's folder: unset "
@@ -72,16 +71,6 @@ def loaded(
     arguments=arguments,
     drop_head=drop_head,
   )
-
-
-def _is_weights(path: str) -> bool:
-  """Whether a checkpoint's name means weights, and no folder of a run."""
-  there = Path(path)
-  if there.is_dir():
-    return any(there.glob("*.safetensors*"))
-  # On the hub a name is owner/model; no file is needed to tell.
-  on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
-  return there.exists() or there.suffix == ".safetensors" or on_hub
 
 
 def dtype(name: str) -> Any:

@@ -4,8 +4,8 @@ Taps, for n blocks, S tokens and heads of d channels:
 
     embed                        [B, S, D]        what the first block reads
     block_1 ... block_n          [B, S, D]        the residual stream
-    block_i_attention            [B, heads, S, S] probabilities, float32
-    block_i_queries, _keys, _values   [B, heads, S, d]
+    attention_1 ... attention_n  [B, heads, S, S] probabilities, float32
+    queries_i, keys_i, values_i  [B, heads, S, d]
     pooled                       [B, D]           what `classifier` reads
     class_logits, distillation_logits  [B, classes]   where distilled
 
@@ -149,7 +149,7 @@ class ViT(nnx.Module):
     x = taps["embed"] = self.embed(image)
     for n, block in enumerate(self.blocks, 1):
       x, inner = block(x)
-      taps |= {f"block_{n}_{name}": y for name, y in inner.items()}
+      taps |= {f"{name}_{n}": y for name, y in inner.items()}
       taps[f"block_{n}"] = x
     x = self.norm(x[:, :2])  # only the tokens that are classified
     pooled = taps["pooled"] = x[:, 0]
@@ -163,10 +163,10 @@ class ViT(nnx.Module):
   def embed(self, image: Array) -> Array:
     """Tokens and patches with their positions, `[B, S, D]`."""
     patches = self.patches(image)
-    patches = patches.reshape(len(image), -1, patches.shape[-1])
+    patches = patches.reshape(image.shape[0], -1, patches.shape[-1])
     tokens = (self.class_token, self.distillation_token)
     learned = [
-      jnp.broadcast_to(token[...], (len(image), 1, token.shape[-1]))
+      jnp.broadcast_to(token[...], (image.shape[0], 1, token.shape[-1]))
       for token in tokens
       if token is not None
     ]

@@ -1,0 +1,138 @@
+"""The benchmarks of the step: each runs, tiny, and what it counts is right.
+
+No test looks at a time.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TINY = ("resnet_cifar", {"depth": 8, "width": 4})
+
+
+@pytest.fixture
+def script(monkeypatch):
+  """`name -> module`, with a pair named "tiny"."""
+  monkeypatch.syspath_prepend(str(FOLDER))
+  pairs = importlib.import_module("step_flops").PAIRS
+  monkeypatch.setitem(pairs, "tiny", (TINY, TINY, 8))
+  return importlib.import_module
+
+
+def lowered(f, *shapes):
+  specs = [jax.ShapeDtypeStruct(s, np.float32) for s in shapes]
+  return jax.jit(f).lower(*specs)
+
+
+def conv(x, k, stride=1, groups=1):
+  return jax.lax.conv_general_dilated(
+    x,
+    k,
+    (stride, stride),
+    [(1, 1), (1, 1)],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+def meetings(size, stride):
+  """Pairs of a 3-wide window's elements and a row's, the padding left out."""
+  starts = range(-1, size - 1, stride)
+  return sum(0 <= start + k < size for start in starts for k in range(3))
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_of_a_convolution_and_its_gradients(script, stride, groups):
+  shapes = (2, 8, 8, 6), (3, 3, 6 // groups, 12)
+  want = 2.0 * 2 * meetings(8, stride) ** 2 * (6 // groups) * 12
+  f = lambda x, k: conv(x, k, stride, groups)  # noqa: E731
+  count = script("step_flops").products
+
+  def gradients(x, k):
+    y, pull_back = jax.vjp(f, x, k)
+    return pull_back(y)
+
+  assert count(lowered(f, *shapes).as_text(dialect="hlo")) == [want]
+  text = lowered(gradients, *shapes).as_text(dialect="hlo")
+  # Each product of the forward pass gives one to either gradient.
+  assert count(text) == [want] * 3
+
+
+def test_products_of_matrices(script):
+  f = lambda a, b: jax.numpy.einsum("bij,bjk->bik", a, b)  # noqa: E731
+  text = lowered(f, (5, 2, 3), (5, 3, 7)).compile().as_text()
+  assert script("step_flops").products(text) == [2.0 * 5 * 2 * 3 * 7]
+
+
+def test_transposes_to_channels_first_are_found(script):
+  count = script("step_flops").to_channels_first
+  found = lowered(lambda x: x.transpose(0, 3, 1, 2), (4, 8, 8, 3))
+  other = lowered(lambda x: x.transpose(1, 2, 0, 3), (4, 8, 8, 3))
+  assert count(found.as_text(dialect="hlo"), 4) == 1
+  assert count(other.as_text(dialect="hlo"), 4) == 0
+
+
+def test_step_flops_finds_nothing_needless(script, tmp_path, capsys):
+  out = tmp_path / "results.json"
+  script("step_flops").main(
+    ["--pairs", "tiny", "--batch", "4", "--out", str(out)]
+  )
+  assert "tiny" in capsys.readouterr().out
+  told = json.loads(out.read_text())
+  (row,) = told["rows"]
+  assert told["jax"] == jax.__version__
+  assert row["asked"] == pytest.approx(1, abs=1e-6)
+  assert row["compilations"] == 1
+  assert row["donated"] == pytest.approx(1, abs=1e-3)
+  assert row["channels_first"] == 0
+
+
+def test_method_cost_counts_what_a_method_adds(script, tmp_path, capsys):
+  out = tmp_path / "results.json"
+  words = "--pair tiny --batch 4 --repeats 2 --methods dkd hint --out"
+  script("method_cost").main([*words.split(), str(out)])
+  told = json.loads(out.read_text())
+  assert set(told["rows"]) == {"kl", "dkd", "hint"}
+  printed = capsys.readouterr().out
+  assert all(name in printed for name in told["rows"])
+  assert told["rows"]["kl"]["own"] == 0
+  assert told["rows"]["hint"]["own"] > 0
+  assert all(row["wall"] > 0 for row in told["rows"].values())
+
+
+def test_method_cost_has_every_loss_and_term(script):
+  from kdjax import losses, terms
+
+  known = {*losses.TAP_LOSSES, *terms.TERMS}
+  # Needs a transformer; the pairs here are convolutional.
+  assert known - {*script("method_cost").TERMS} == {"attention_maps"}
+
+
+def test_the_kdjax_side_of_the_torch_step_runs(script):
+  step = script("torch_step").make_step("kdjax", "tiny", 8, "float32")
+  step()
+
+
+def test_torch_step_says_what_it_needs(script, monkeypatch, capsys):
+  module = script("torch_step")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit) as stopped:
+    module.main([])
+  assert stopped.value.code == 2
+  assert "pip install torch" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_torch_step_compares_processes(script, tmp_path):
+  out = tmp_path / "results.json"
+  words = "--pair resnet14_to_resnet8 --batch 4 --repeats 2 --contestants kdjax"
+  script("torch_step").main([*words.split(), "--out", str(out)])
+  assert json.loads(out.read_text())["rows"]["kdjax"]["wall"] == [1] * 3
