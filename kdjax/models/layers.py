@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kdjax import errors
+from kdjax.models import depthwise
 
 Activation = Callable[[Array], Array]
 
@@ -50,6 +51,7 @@ def conv(
     feature_group_count=groups,
     use_bias=use_bias,
     kernel_init=kernel_init,
+    conv_general_dilated=depthwise.conv_general_dilated,
     dtype=dtype,
     rngs=rngs,
   )

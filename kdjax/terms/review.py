@@ -127,8 +127,9 @@ def fuse(
   if below is not None:
     y = _nearest(below, maps.spatial_size(x))
     bias = params["attention_bias"].reshape(1, 1, 1, 2)
-    both = jnp.concatenate([z, y], axis=-1)
-    shares = jax.nn.sigmoid(both @ params["attention"] + bias)
+    # [z, y] times the kernel, without making [z, y].
+    of_z, of_y = jnp.split(params["attention"], 2)
+    shares = jax.nn.sigmoid(z @ of_z + y @ of_y + bias)
     z = shares[..., :1] * z + shares[..., 1:] * y
   z = _nearest(z, size)
   return _norm(convolve(z, params["conv2"]), params["norm2"], where), z
@@ -162,6 +163,13 @@ def _map(x: Array) -> Array:
 
 def _nearest(x: Array, size: tuple[int, int]) -> Array:
   """Row i is row floor(i · h / h2), as PyTorch's."""
+  b, h, w, c = x.shape
+  if (h, w) == size:
+    return x
+  if size[0] % h == 0 and size[1] % w == 0:  # no gather, nor a scatter back
+    shape = (b, h, size[0] // h, w, size[1] // w, c)
+    wide = jnp.broadcast_to(x[:, :, None, :, None], shape)
+    return wide.reshape(b, *size, c)
   # `jax.image.resize` takes the row nearest to a pixel's centre instead.
   rows, columns = (
     np.arange(n) * length // n for n, length in zip(size, x.shape[1:3])
