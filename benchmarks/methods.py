@@ -66,7 +66,7 @@ TASKS = {
     "digits", dict(depth=14, width=16), dict(depth=8, width=4), 100, 1, 400, 300
   ),
   "photos": Task(
-    "photos", dict(depth=14, width=16), dict(depth=8, width=4), 480, 1, 600, 400
+    "photos", dict(depth=14, width=16), dict(depth=8, width=8), 240, 1, 400, 200
   ),
 }
 

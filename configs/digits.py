@@ -33,7 +33,6 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.image_size = 0  # 0 = as it is stored
   c.data.padding = 1
   c.data.flip = False
-  c.data.mixup = 0.0
   c.data.mean = (0.3,)
   c.data.std = (0.35,)
   c.data.batch_size = 64
@@ -58,7 +57,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
   def phase(rate: float, decay: float) -> dict:
     steps = 3 if smoke else 600
-    return dict(steps=steps, microbatches=1, optimizer=sgd(rate, decay, steps))
+    return dict(
+      steps=steps,
+      microbatches=1,
+      mixup=0.0,  # of the batch, the same for both networks
+      optimizer=sgd(rate, decay, steps),
+    )
 
   c.teacher = ConfigDict()
   c.teacher.model = dict(

@@ -153,7 +153,7 @@ def patient(c: Config, *, epochs: int, epoch: int) -> Config:
   distilled.optimizer.learning_rate = ConfigDict(
     dict(schedule="cosine_decay_schedule", init_value=rate, decay_steps=steps)
   )
-  c.data.mixup = 1.0
+  distilled.mixup = 1.0
   c.alpha, c.temperature = 0.0, 1.0
   return c
 
@@ -170,6 +170,7 @@ def _phase(
   return dict(
     steps=epoch * epochs,
     microbatches=1,
+    mixup=0.0,
     optimizer=dict(
       name="sgd",
       learning_rate=dict(
@@ -199,7 +200,6 @@ def _base(smoke: bool) -> Config:
         image_size=0,
         padding=0,
         flip=True,
-        mixup=0.0,
       ),
       teacher=dict(network),
       student=dict(network, classifier="own"),

@@ -1,6 +1,6 @@
 """Every config, and every method of the parametrised ones, fits its networks.
 
-`train.Experiment` follows the shapes through the whole step, and trains
+`Experiment` follows the shapes through the whole step, and trains
 nothing. `test_train` runs some of these to the end.
 """
 
@@ -11,8 +11,9 @@ import jax
 import pytest
 import tfds_folder
 
-from kdjax import adapters, config, recipes, train
+from kdjax import adapters, config, recipes
 from kdjax.errors import UserError
+from kdjax.experiment import Experiment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -48,7 +49,7 @@ def data_dir(tmp_path_factory):
 def experiment(c, data_dir):
   c.data.data_dir = str(data_dir)
   config.check_keys(c)
-  return train.Experiment(c)
+  return Experiment(c)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -107,7 +108,9 @@ def test_patience_changes_the_distilled_phase_alone():
   assert c.phases.alone.steps == 240 * 781
   alone = c.phases.alone.optimizer.learning_rate.schedule
   assert alone == "piecewise_constant_schedule"
-  assert (c.alpha, c.temperature, c.data.mixup) == (0.0, 1.0, 1.0)
+  assert (c.alpha, c.temperature) == (0.0, 1.0)
+  mixes = [c.phases[name].mixup for name in ("teacher", "alone", "distilled")]
+  assert mixes == [0.0, 0.0, 1.0]
 
 
 def test_every_named_network_can_be_built():

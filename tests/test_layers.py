@@ -25,6 +25,7 @@ ROWS = [
   {"checkpoint", "metrics", "preflight"},
   {"loop"},
   {"config", "report"},
+  {"experiment"},
   {"train"},
   {"export"},
 ]

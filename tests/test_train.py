@@ -172,7 +172,7 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
     ("--config.data.train_split=train[:0]", "holds no example"),
     ("--config.data.batch_size=0", "batch_size is 0, must be at least 1"),
     ("--config.data.labelled=5000", "5000"),
-    ("--config.data.mixup=-1.0", "mixup is -1.0, must be at least 0"),
+    ("--config.phases.alone.mixup=-1.0", "mixup is -1.0, must be at least 0"),
     ("--config.seeds=0", "seeds is 0, must be at least 1"),
     ("--config.save_every=0", "save_every is 0, must be at least 1"),
     ("--config.phases.alone.steps=0", "steps is 0, must be at least 1"),

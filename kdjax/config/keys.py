@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from kdjax import errors
 from kdjax.config.values import plain
 
-_PHASE = {"steps": int, "microbatches": int, "optimizer": ...}
+_PHASE = {"steps": int, "microbatches": int, "mixup": float, "optimizer": ...}
 _NETWORK = {
   "model": ...,
   "num_classes": int,
@@ -36,7 +36,6 @@ KEYS: dict[str, Any] = {
     "image_size": int,
     "padding": int,
     "flip": bool,
-    "mixup": float,
     "mean": tuple,
     "std": tuple,
     "batch_size": int,
