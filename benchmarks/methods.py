@@ -7,9 +7,10 @@ Each method gets the same tuning: its weight (of the logit losses: T) in three
 settings (1, 1/10 and 1/100 of the one its authors give; half, once and twice
 their T), on the validation split, with a seed that is not reported, at one
 learning rate, the best of three for the student alone. Then five seeds on the
-test split, in which all methods share teacher, data order and initialisation. A method that reads activations stands beside
-the hard loss alone, as in the papers' tables; `kl + ...` rows add plain
-distillation. All are written down, whatever they gain.
+test split, in which all methods share teacher, data order and initialisation. A
+method that reads activations stands beside the hard loss alone, as in the
+papers' tables; `kl + ...` rows add plain distillation. All are written down,
+whatever they gain.
 
 Read the differences with care where labels are few: each batch of the student
 alone is all labelled images, a method's batch is drawn from all images, so that

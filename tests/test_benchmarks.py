@@ -79,6 +79,7 @@ def test_transposes_to_channels_first_are_found(script):
   assert count(other.as_text(dialect="hlo"), 4) == 0
 
 
+@pytest.mark.slow
 def test_step_flops_finds_nothing_needless(script, tmp_path, capsys):
   out = tmp_path / "results.json"
   script("step_flops").main(
@@ -94,6 +95,7 @@ def test_step_flops_finds_nothing_needless(script, tmp_path, capsys):
   assert row["channels_first"] == 0
 
 
+@pytest.mark.slow
 def test_method_cost_counts_what_a_method_adds(script, tmp_path, capsys):
   out = tmp_path / "results.json"
   words = "--pair tiny --batch 4 --repeats 2 --methods dkd hint --out"

@@ -113,6 +113,7 @@ def test_patience_changes_the_distilled_phase_alone():
   assert mixes == [0.0, 0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_every_named_network_can_be_built():
   batch = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")}
   for name in recipes.CIFAR_NETWORKS:

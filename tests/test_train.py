@@ -75,8 +75,10 @@ def finished(tmp_path_factory, data_dir):
   [
     "digits.py:smoke",
     "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
-    "cifar100/pair.py:smoke,patient,dot",
-    "imagenet/resnet152_to_mobilenet.py:smoke",
+    "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
+    pytest.param(
+      "imagenet/resnet152_to_mobilenet.py:smoke", marks=pytest.mark.slow
+    ),
   ],
 )
 def test_every_config_runs(config, tmp_path, data_dir, capsys):
@@ -175,7 +177,11 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
     ("--config.phases.alone.mixup=-1.0", "mixup is -1.0, must be at least 0"),
     ("--config.seeds=0", "seeds is 0, must be at least 1"),
     ("--config.save_every=0", "save_every is 0, must be at least 1"),
-    ("--config.phases.alone.steps=0", "steps is 0, must be at least 1"),
+    (
+      "--config.phases.teacher.steps=0",
+      "phases.teacher.steps is 0 and teacher.checkpoint is empty",
+    ),
+    ("--config.phases.alone.steps=-1", "steps is -1, must be at least 0"),
     ("--config.phases.alone.microbatches=3", "divisible by"),
     ("--config.teacher.checkpoint=/nowhere", "no checkpoint in /nowhere"),
     ("--config.student.dtype=float8", "unknown dtype 'float8'"),
@@ -299,6 +305,7 @@ MULTI_LEVEL = (
 )
 
 
+@pytest.mark.slow
 def test_several_levels_in_one_config(tmp_path, finished, data_dir):
   config = changed(tmp_path, *MULTI_LEVEL)
   teacher = f"--config.teacher.checkpoint={finished / 'seed_0' / 'teacher'}"
@@ -359,6 +366,7 @@ SIMKD = (
 )
 
 
+@pytest.mark.slow
 def test_simkd_from_a_config(tmp_path, finished, data_dir):
   workdir = tmp_path / "run"
   teacher = finished / "seed_0" / "teacher"
