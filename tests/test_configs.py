@@ -70,7 +70,9 @@ def test_every_imagenet_config_fits(name, data_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("method", ["multi_level", "overhaul", "review"])
+@pytest.mark.parametrize(
+  "method", ["hint", "multi_level", "overhaul", "review"]
+)
 def test_every_pair_has_the_taps_that_methods_read(pair, method):
   c = PAIR.get_config(f"{pair},{method}")
   batch = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")}

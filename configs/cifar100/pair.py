@@ -57,7 +57,6 @@ from ml_collections import ConfigDict
 from kdjax import errors, recipes
 
 EPOCH = 50_000 // 64
-STAGES = dict(student="stage_*", teacher="stage_*", map="evenly")
 POOLED = dict(student="pooled", teacher="pooled")
 LINEAR = dict(name="linear", norm=True)
 # Over the first 20 epochs, as dkd and review have it.
@@ -88,10 +87,22 @@ def methods(student: str, teacher: str) -> dict:
     student=f"stage_{num_stages(student)}",
     teacher=f"stage_{num_stages(teacher)}",
   )
+  # A projector brings no map to a larger one: where the student is the smaller
+  # from its stem on, a stage learns from the one of its size.
+  ours, theirs, further = "*", "*", 0
+  if student.startswith("shufflenet"):
+    ours, theirs, further = "[12]", "[23]", 1
+  elif student == "mobilenet_v2":
+    ours, theirs = "[123]", "[123]"
+  stages = dict(
+    student=f"stage_{ours}", teacher=f"stage_{theirs}", map="evenly"
+  )
+  middle = dict(student="stage_2", teacher=f"stage_{2 + further}")
   # MobileNetV2's stages end before any ReLU.
+  linear = student == "mobilenet_v2"
   before_relu = dict(
-    student="stage_*" if student == "mobilenet_v2" else "preact_*",
-    teacher="preact_*",
+    student=f"{'stage' if linear else 'preact'}_{ours}",
+    teacher=f"preact_{theirs}",
     map="evenly",
   )
   return {
@@ -108,20 +119,19 @@ def methods(student: str, teacher: str) -> dict:
       hint=dict(
         name="hint",
         weight=100.0,
-        student="stage_2",
-        teacher="stage_2",
+        **middle,
         projector=dict(name="conv", size=1),
       )
     ),
     "attention_transfer": beside_labels(
-      attention=dict(name="attention_transfer", weight=1000.0, **STAGES)
+      attention=dict(name="attention_transfer", weight=1000.0, **stages)
     ),
-    "nst": beside_labels(nst=dict(name="nst", weight=50.0, **STAGES)),
+    "nst": beside_labels(nst=dict(name="nst", weight=50.0, **stages)),
     "variational_information": beside_labels(
       vid=dict(
         name="variational_information",
         weight=1.0,
-        **STAGES,
+        **stages,
         projector=dict(name="mlp", num_hidden=2),
       )
     ),
@@ -150,7 +160,7 @@ def methods(student: str, teacher: str) -> dict:
     ),
     "factor": beside_labels(factor=dict(name="factor", weight=200.0, **last)),
     "flow": beside_labels(
-      flow=dict(name="flow", weight=50.0, **STAGES, projector=LINEAR)
+      flow=dict(name="flow", weight=50.0, **stages, projector=LINEAR)
     ),
     "overhaul": beside_labels(
       overhaul=dict(
@@ -158,7 +168,7 @@ def methods(student: str, teacher: str) -> dict:
       )
     ),
     "review": beside_labels(
-      review=dict(name="review", weight=WARM_UP, **STAGES)
+      review=dict(name="review", weight=WARM_UP, **stages)
     ),
     "simple": beside_labels(srd=dict(name="simple", weight=1.0, **POOLED))
     | dict(soft_weight=1.0, temperature=1.0),
@@ -166,13 +176,13 @@ def methods(student: str, teacher: str) -> dict:
       mgd=dict(
         name="masked_generative",
         weight=1.0,
-        **STAGES,
+        **stages,
         mask_ratio=0.15,
         projector=dict(name="linear"),
       )
     ),
     "inter_channel": beside_labels(
-      ickd=dict(name="inter_channel", weight=5.0, **STAGES, projector=LINEAR)
+      ickd=dict(name="inter_channel", weight=5.0, **stages, projector=LINEAR)
     ),
     "itrd": beside_labels(
       correlation=dict(
@@ -203,7 +213,7 @@ def methods(student: str, teacher: str) -> dict:
     # Three kinds at once, each with its own schedule.
     "multi_level": dict(
       terms=dict(
-        hint=dict(name="hint", weight=10.0, **STAGES, projector=LINEAR),
+        hint=dict(name="hint", weight=10.0, **stages, projector=LINEAR),
         attention=dict(
           name="attention_transfer",
           weight=dict(
@@ -211,7 +221,7 @@ def methods(student: str, teacher: str) -> dict:
             init_value=1000.0,
             decay_steps=240 * EPOCH,
           ),
-          **STAGES,
+          **stages,
         ),
       )
     ),

@@ -1,5 +1,6 @@
 """A config's networks, and the variables that they start from."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,15 @@ def loaded(
     return checkpoint.load_params(inside if inside.exists() else path, like)
   arguments = dict(config["model"])
   family = arguments.pop("name")
+  # The shapes are enough, but where a classifier keeps its first values.
+  like = (
+    network.init
+    if drop_head
+    else functools.partial(jax.eval_shape, network.init)
+  )
   return pretrained.read(
     path,
-    network.init(key, batch),
+    like(key, batch),
     family=family,
     arguments=arguments,
     drop_head=drop_head,
