@@ -71,7 +71,10 @@ class Experiment:
     self.start = configuration.loaded(
       config.student, self.student, self.example
     )
-    self.goal = self._goal()
+    # Once for both: SimKD's student is traced to be made.
+    frozen = self._frozen_shapes()
+    student, _ = self._distilled(frozen, 0)
+    self.goal = self._goal(student, frozen)
     steps = config.phases.distilled.steps
     objective.check(self.goal, max(steps, 1), has_teacher=True)
     if not (config.teacher.checkpoint or config.phases.teacher.steps):
@@ -79,7 +82,7 @@ class Experiment:
         "phases.teacher.steps is 0 and teacher.checkpoint is empty: train a "
         "teacher, or name one"
       )
-    self._trace()
+    self._trace(student, frozen)
     self.evaluators: dict[Model, Any] = {}
     self.loaded = configuration.loaded(
       config.teacher, self.teacher, self.example
@@ -144,12 +147,10 @@ class Experiment:
       measured["student_distilled"] = self._measure(student, distilled, frozen)
     return measured
 
-  def _goal(self) -> objective.Objective:
+  def _goal(self, student: Model, frozen: PyTree) -> objective.Objective:
     """The objective, its taps chosen from those that the networks have."""
     if not self.config.terms:
       return configuration.goal(self.config)
-    frozen = self._frozen_shapes()
-    student, _ = self._distilled(frozen, 0)
     variables = jax.eval_shape(student.init, jax.random.key(0), self.example)
     return configuration.goal(
       self.config,
@@ -185,11 +186,9 @@ class Experiment:
       {**stats, "student": self.start[1]},
     )
 
-  def _trace(self) -> None:
+  def _trace(self, student: Model, frozen: PyTree) -> None:
     """Follows the shapes through the distilled step, so that they do fit."""
     c, rule = self.config, self.phases["distilled"]
-    frozen = self._frozen_shapes()
-    student, _ = self._distilled(frozen, 0)
     rows = dict(self.example)
     if c.data.labelled:
       rows["labelled"] = rows["mask"]

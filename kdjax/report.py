@@ -67,6 +67,19 @@ def table(results: dict[str, Any]) -> str:
       value = f"{results[network][metric] * factor:{form}}"
       row.append(f"{value} ± {error * factor:{form}}" if error else value)
     rows.append(row)
+  lines = aligned(rows)
+  if "gain" not in results:
+    return "\n".join(lines)
+  gain = results["gain"]["accuracy"]
+  line = f"distillation gains {100 * gain['mean']:+.2f} points of accuracy"
+  count = len(results["seeds"])
+  if gain["stderr"] is not None:
+    line += f" ± {100 * gain['stderr']:.2f} (standard error, {count} seeds)"
+  return "\n".join([*lines, line])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of straight columns, the first to the left, a rule below row 0."""
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = [
     "  ".join(
@@ -76,14 +89,7 @@ def table(results: dict[str, Any]) -> str:
     for row in rows
   ]
   lines.insert(1, "-" * max(map(len, lines)))
-  if "gain" not in results:
-    return "\n".join(lines)
-  gain = results["gain"]["accuracy"]
-  line = f"distillation gains {100 * gain['mean']:+.2f} points of accuracy"
-  count = len(results["seeds"])
-  if gain["stderr"] is not None:
-    line += f" ± {100 * gain['stderr']:.2f} (standard error, {count} seeds)"
-  return "\n".join([*lines, line])
+  return lines
 
 
 def _stderr(values: Sequence[float]) -> float | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from kdjax import errors, layer_map, losses, objective, projectors, terms
 from kdjax.config.values import hparams, parameters, plain, schedule, take_name
-from kdjax.objective import Objective, Term
+from kdjax.objective import Objective, Term, each
 
 # What a loss is given by the objective, not by the config.
 _GIVEN = {"student", "teacher", "labels", "temperature", "where"}
@@ -84,7 +84,7 @@ def _terms(
   projector = _projector(arguments.pop("projector", None), what)
   made = []
   for pair in pairs:
-    joined = name if len(pairs) == 1 else f"{name}/{_label(pair[0])}"
+    joined = name if len(pairs) == 1 else f"{name}/{'+'.join(each(pair[0]))}"
     term = _tap_term(joined, dict(arguments), what, pair, weight, temperature)
     made.append(projectors.project(term, projector) if projector else term)
   return made
@@ -210,7 +210,3 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
       f"{what} is {value!r}, must be a mapping: write dict(name=...)"
     )
   return dict(value)
-
-
-def _label(names: Any) -> str:
-  return names if isinstance(names, str) else "+".join(names)

@@ -1,6 +1,5 @@
 """A config's networks, and the variables that they start from."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ def loaded(
       )
     return None
   key = jax.random.key(0)
+  like = jax.eval_shape(network.init, key, batch)
   if not pretrained.is_weights(path):
     if drop_head:
       raise errors.UserError(
@@ -61,19 +61,13 @@ def loaded(
         "drop_head, or export the network first"
       )
     inside = Path(path) / "checkpoints"
-    like = jax.eval_shape(network.init, key, batch)
     return checkpoint.load_params(inside if inside.exists() else path, like)
   arguments = dict(config["model"])
   family = arguments.pop("name")
-  # The shapes are enough, but where a classifier keeps its first values.
-  like = (
-    network.init
-    if drop_head
-    else functools.partial(jax.eval_shape, network.init)
-  )
   return pretrained.read(
     path,
-    like(key, batch),
+    # The shapes are enough, but where a classifier keeps its first values.
+    network.init(key, batch) if drop_head else like,
     family=family,
     arguments=arguments,
     drop_head=drop_head,

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from kdjax import errors, evaluate, simkd
+from kdjax import errors, evaluate, report, simkd
 from kdjax.export import serving
 from kdjax.export.finished import PHASES, Run, Trained, open_run, trained
 from kdjax.export.formats import FORMATS, choose_layout, program
@@ -167,19 +167,10 @@ def table(rows: Sequence[Exported]) -> str:
         f"{teacher.latency.median / student.latency.median:.2f}",
       ]
     )
-  widths = [max(map(len, column)) for column in zip(*cells)]
-  lines = [
-    "  ".join(
-      cell.ljust(width) if n == 0 else cell.rjust(width)
-      for n, (cell, width) in enumerate(zip(row, widths))
-    )
-    for row in cells
-  ]
-  lines.insert(1, "-" * len(lines[0]))
   calls = " and ".join(dict.fromkeys(str(r.latency.calls) for r in rows))
   return "\n".join(
     [
-      *lines,
+      *report.aligned(cells),
       f"ms: median of {calls} calls of the exported program on "
       f"{serving.device()}, from",
       "uint8 in host memory to logits in host memory, compilation and warm-up "
