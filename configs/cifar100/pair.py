@@ -13,9 +13,10 @@ needs TensorFlow:
     python -c "import tensorflow_datasets as t; t.data_source('cifar100')"
 
 Published accuracies, %, by this recipe (240 epochs). Those of CRD's repository
-(upper part) are of the LAST epoch, those below the line of the BEST on the test
-set, about 0.3 higher for that alone. kdjax reports the last. NOBODY HAS RUN
-THESE HERE: no row below was measured with kdjax.
+(upper part) are of the LAST epoch. Below the line they are of other authors:
+dkd and zscore of the BEST epoch on the test set, about 0.3 higher for that
+alone, the others of an epoch not known here. kdjax reports the last. NOBODY
+HAS RUN THESE HERE: no row below was measured with kdjax.
 
   pair: teacher       resnet wrn-   resnet vgg13  resnet resnet wrn-
                       32x4   40-2   56            32x4   32x4   40-2

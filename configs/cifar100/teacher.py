@@ -8,8 +8,7 @@
 
 Any network of `kdjax.recipes.CIFAR_NETWORKS`, by its standard recipe (240
 epochs). The papers' teachers, accuracy in % by CRD's repository: resnet32x4
-79.42, wrn-40-2 75.61, resnet56 72.34, resnet110 74.31, vgg13 74.64. Not run
-here.
+79.42, wrn-40-2 75.61, resnet56 72.34, vgg13 74.64. Not run here.
 """
 
 from ml_collections import ConfigDict
