@@ -8,8 +8,8 @@ Each method is added to the plain KD step of the same two networks, or takes the
 place of its soft loss. The two steps run in turn, A B A B, in one process, so
 that what else the machine does hits both; the columns are
 
-  own       the method's own FLOPs, / those of the KD step, by XLA's count of
-            the compiled steps (the body of a loop counts once)
+  own       the method's own FLOPs, / those of the KD step, both of the
+            products in the compiled steps
   wall      its step's time / that of the KD step beside it: the median, and
             the quartiles over the repeats
   cores     the same of the seconds of all cores together, which other work on
@@ -36,6 +36,7 @@ from step_flops import (
   Pair,
   make_pair,
   objective,
+  products,
   put,
   save,
   step_and_arguments,
@@ -101,7 +102,7 @@ class Step:
 
   @property
   def flops(self) -> float:
-    return self.compiled.cost_analysis()["flops"]
+    return sum(products(self.compiled.as_text()))
 
   @property
   def temporary(self) -> int:

@@ -176,14 +176,21 @@ _NAMED = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]")
 _PRODUCT = re.compile(r" (convolution|dot)\(([^)]*)\)(.*)")
 
 
+_BEGIN = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
+_CALLED = re.compile(r"(to_apply|calls|condition|body)=%?([\w.-]+)")
+
+
 def products(hlo: str) -> list[float]:
   """FLOPs of each convolution and matrix product of a program's text.
 
-  The bodies of loops count once.
+  Each as often as it is called, and run by the loops around it.
   """
   shapes: dict[str, tuple[int, ...]] = {}
-  flops = []
+  found = []
+  times, inside = executions(hlo), ""
   for line in hlo.splitlines():
+    if begin := _BEGIN.match(line):
+      inside = begin[2]
     named = _NAMED.match(line)
     if not named:
       continue
@@ -194,8 +201,41 @@ def products(hlo: str) -> list[float]:
       names = re.findall(r"([\w.-]+)(?:,|$)", product[2])
       left, right = (shapes[n] for n in names)
       of = _convolution if product[1] == "convolution" else _dot
-      flops.append(2.0 * of(left, right, shape, product[3]))
-  return flops
+      once = 2.0 * of(left, right, shape, product[3])
+      found.append(times(inside) * once)
+  return found
+
+
+def executions(hlo: str) -> Callable[[str], int]:
+  """How often a computation of a program's text runs.
+
+  A loop runs its body as often as the constant in its condition says, which is
+  how loops of a fixed length are compiled.
+  """
+  calls: dict[str, list[tuple[str, str]]] = {}
+  limits: dict[str, int] = {}
+  entry, inside = "", ""
+  for line in hlo.splitlines():
+    if begin := _BEGIN.match(line):
+      inside = begin[2]
+      entry = inside if begin[1] else entry
+    if constant := re.search(r" s32\[\] constant\((\d+)\)", line):
+      limits[inside] = max(limits.get(inside, 0), int(constant[1]))
+    called = dict(_CALLED.findall(line))
+    for kind, name in called.items():
+      over = called["condition"] if kind == "body" else ""
+      calls.setdefault(name, []).append((inside, over))
+
+  @functools.cache
+  def times(name: str) -> int:
+    if name == entry:
+      return 1
+    return sum(
+      times(caller) * (limits[over] if over else 1)
+      for caller, over in calls.get(name, [])
+    )
+
+  return times
 
 
 def _dot(left, right, out, text: str) -> int:

@@ -4,8 +4,8 @@
     term = project(term, linear(norm=True))
 
 A projector is trained with the student and saved with it, and is no part of the
-student: `project` makes it a variable of the term. A map that is larger than
-the target is averaged down to it (a 1x1 convolution and that average commute).
+student: `project` makes it a variable of the term. Of two maps the larger one
+is averaged down to the other (a 1x1 convolution and that average commute).
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from kdjax import errors
+from kdjax import convolution, errors
 from kdjax.losses import maps
 from kdjax.objective import Term, each
 from kdjax.types import Batch
 
 Spec = Any  # jax.ShapeDtypeStruct, or an array
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Projector(NamedTuple):
@@ -87,7 +88,10 @@ def mlp(
     for n in range(len(params)):
       layer = params[f"layer_{n}"]
       x = x if n == 0 else jax.nn.relu(x)
-      x = _affine(x @ layer["kernel"], layer, where)
+      kernel = layer["kernel"]
+      if norm:
+        x, kernel = normalizing(x, kernel, where)
+      x = _affine(x @ kernel, layer)
     return x
 
   return Projector(init, apply, couples=norm)
@@ -111,8 +115,8 @@ def conv(*, size: int = 3, norm: bool = True, relu: bool = True) -> Projector:
     return _layer(key, (size, size, *channels), norm=norm, bias=True)
 
   def apply(params: PyTree, x: Array, like: Spec, where: Array) -> Array:
-    x = convolve(jnp.asarray(x, jnp.float32), params["kernel"])
-    x = _affine(_resize(x, like), params, where)
+    x = _resize(convolve(jnp.asarray(x, jnp.float32), params["kernel"]), like)
+    x = _affine(batch_norm(x, where) if norm else x, params)
     return jax.nn.relu(x) if relu else x
 
   return Projector(init, apply, couples=norm)
@@ -125,8 +129,9 @@ PROJECTORS = {"linear": linear, "mlp": mlp, "conv": conv}
 def project(term: Term, projector: Projector) -> Term:
   """The term with its loss on the projected student's activation.
 
-  Several student taps get a projector each. The term's own variables, if it
-  has any, keep their place beside the projector's.
+  Several student taps get a projector each. A teacher's map that is larger than
+  the student's is averaged down to it. The term's own variables, if it has any,
+  keep their place beside the projector's.
 
   Raises:
     UserError: if the term reads no taps, has a temperature, or needs labels.
@@ -149,6 +154,11 @@ def project(term: Term, projector: Projector) -> Term:
   count = len(each(term.taps[0]))
   inner_init = term.init
 
+  def targets(student: Any, teacher: Any) -> Any:
+    if not several:
+      return _not_larger(teacher, student)
+    return tuple(_not_larger(t, s) for s, t in zip(student, teacher))
+
   def projected(params: PyTree, x: Any, like: Any, where: Array) -> Any:
     if not several:
       return projector.apply(params["0"], x, like, where)
@@ -159,6 +169,7 @@ def project(term: Term, projector: Projector) -> Term:
 
   def init(key: Array, student: Any, teacher: Any) -> tuple[PyTree, PyTree]:
     own_key, *keys = jax.random.split(key, 1 + count)
+    teacher = jax.eval_shape(targets, student, teacher)
     pairs = zip(student, teacher) if several else [(student, teacher)]
     params: dict[str, PyTree] = {
       "projector": {
@@ -181,6 +192,7 @@ def project(term: Term, projector: Projector) -> Term:
     **hparams: Any,
   ) -> tuple[Array, PyTree]:
     where = jnp.asarray(batch["mask"]) > 0
+    teacher = targets(student, teacher)
     student = projected(params["projector"], student, teacher, where)
     if inner_init is not None:
       return term.loss(
@@ -200,21 +212,45 @@ def project(term: Term, projector: Projector) -> Term:
 
 def convolve(x: Array, kernel: Array) -> Array:
   """`x` [B, H, W, C] by an odd kernel, of the same size."""
-  return jax.lax.conv_general_dilated(
-    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  around = [(size // 2, size // 2) for size in kernel.shape[:2]]
+  return convolution.conv_general_dilated(
+    x, kernel, (1, 1), around, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
 
 
 def batch_norm(x: Array, where: Array, epsilon: float = 1e-5) -> Array:
   """(x − mean) / √(variance + epsilon) by channel, over examples that exist."""
+  centred, count = _centred(x, where)
+  axes = tuple(range(x.ndim - 1))
+  variance = jnp.sum(centred**2, axes, keepdims=True) / count
+  return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+def normalizing(
+  x: Array, kernel: Array, where: Array, epsilon: float = 1e-5
+) -> tuple[Array, Array]:
+  """x − mean, and W / √(variance + epsilon), whose product is norm(x W).
+
+  The variances are wᵀ Cov(x) w for the columns w of W. So no sums run over x W,
+  which mostly has more channels than x: on a CPU they cost more than x W.
+  """
+  centred, count = _centred(x, where)
+  flat = centred.reshape(-1, x.shape[-1])
+  covariance = jnp.matmul(flat.T, flat, precision=HIGHEST) / count
+  spread = jnp.matmul(covariance, kernel, precision=HIGHEST)
+  # Rounding can leave a little below 0.
+  variance = jnp.maximum(jnp.sum(kernel * spread, axis=0), 0.0)
+  return centred, kernel * jax.lax.rsqrt(variance + epsilon)[None, :]
+
+
+def _centred(x: Array, where: Array) -> tuple[Array, Array]:
+  """x − mean by channel, 0 where no example is; the number of positions."""
   axes = tuple(range(x.ndim - 1))
   exists = where.reshape(-1, *[1] * (x.ndim - 1))
   positions = x.size // (x.shape[0] * x.shape[-1])
   count = jnp.maximum(jnp.sum(where), 1) * positions
   mean = jnp.sum(jnp.where(exists, x, 0), axes, keepdims=True) / count
-  centred = jnp.where(exists, x - mean, 0)
-  variance = jnp.sum(centred**2, axes, keepdims=True) / count
-  return centred * jax.lax.rsqrt(variance + epsilon)
+  return jnp.where(exists, x - mean, 0), count
 
 
 def _layer(
@@ -230,16 +266,25 @@ def _layer(
   return layer
 
 
-def _affine(x: Array, layer: dict[str, Array], where: Array) -> Array:
-  """Batch normalisation where there is a scale; then the bias."""
+def _affine(x: Array, layer: dict[str, Array]) -> Array:
+  """x · scale + bias, as far as the layer has them."""
   shape = (1,) * (x.ndim - 1) + (-1,)
-  if "scale" in layer:
-    x = batch_norm(x, where) * layer["scale"].reshape(shape)
-  return x + layer["bias"].reshape(shape) if "bias" in layer else x
+  for name, act in (("scale", jnp.multiply), ("bias", jnp.add)):
+    if name in layer:
+      x = act(x, layer[name].reshape(shape))
+  return x
 
 
 def _resize(x: Array, like: Spec) -> Array:
   return maps.adaptive_pool(x, maps.spatial_size(like)) if x.ndim == 4 else x
+
+
+def _not_larger(x: Array, than: Spec) -> Array:
+  if x.ndim != 4 or than.ndim != 4:
+    return x
+  return maps.adaptive_pool(
+    x, (min(x.shape[1], than.shape[1]), min(x.shape[2], than.shape[2]))
+  )
 
 
 def _check(source: Spec, target: Spec) -> None:

@@ -63,11 +63,11 @@ def simkd(
     factor: the projector's inner width is the teacher's divided by it.
 
   Returns:
-    A model with one more tap, `projected`, of the shape of the teacher's tap.
+    A model with one more tap, `projected`, of the teacher's channels and the
+    size of the smaller of the two maps.
 
   Raises:
-    UserError: no such tap, no `classifier`, or a student's map that is smaller
-      than the teacher's.
+    UserError: no such tap, or no `classifier`.
 
   Source: Chen et al. 2022, arXiv 2203.14001, section 3 and their code.
   """
@@ -86,12 +86,8 @@ def simkd(
   _, theirs = _last(
     "teacher", teacher_tap, tap_specs(teacher, teacher_variables, batch)
   )
-  size = maps.spatial_size(theirs)
-  if ours.shape[1] < size[0] or ours.shape[2] < size[1]:
-    raise errors.UserError(
-      f"the student's {source!r} is a map of {ours.shape[1]} x {ours.shape[2]}"
-      f", needs at least the teacher's {size[0]} x {size[1]}: take another tap"
-    )
+  sizes = maps.spatial_size(ours), maps.spatial_size(theirs)
+  size = (min(sizes[0][0], sizes[1][0]), min(sizes[0][1], sizes[1][1]))
   channels = ours.shape[-1], theirs.shape[-1]
   projector = from_nnx(
     lambda rngs: Bottleneck(*channels, factor, rngs),

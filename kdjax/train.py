@@ -15,6 +15,7 @@ done, 2 a mistake that the message explains.
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,8 +92,12 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
     print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
+  new: list[Path] = []
   try:
     config, workdir = _arguments(argv)
+    new = [
+      p for p in (Path(workdir) / "compiled", Path(workdir)) if not p.exists()
+    ]
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
       # Seeds and restarts run the same programs: compile each of them once.
       folder = Path(workdir).absolute() / "compiled"
@@ -100,12 +105,24 @@ def main(argv: Sequence[str]) -> int:
     results = train(config, workdir)
   except errors.UserError as error:
     print(f"kdjax: {error}", file=sys.stderr)
+    _leave_nothing(new)
     return 2
   except KeyboardInterrupt:
     print("kdjax: stopped; the same command goes on from here", file=sys.stderr)
     return 130
   print(report.table(results))
   return 0
+
+
+def _leave_nothing(new: Sequence[Path]) -> None:
+  """Removes the folders of a run that was refused before it began."""
+  if any((folder / "config.json").exists() for folder in new):
+    return
+  for folder in new:
+    if folder.name == "compiled":
+      shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists() and not any(folder.iterdir()):
+      folder.rmdir()
 
 
 def _arguments(argv: Sequence[str]) -> tuple[Any, str]:

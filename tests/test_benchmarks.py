@@ -71,6 +71,19 @@ def test_products_of_matrices(script):
   assert script("step_flops").products(text) == [2.0 * 5 * 2 * 3 * 7]
 
 
+def test_products_in_loops_count_as_often_as_they_run(script):
+  def products(xs, w):
+    def one(total, x):
+      return jax.lax.fori_loop(0, 3, lambda _, t: t @ w + x, total), None
+
+    return jax.lax.scan(one, xs[0], xs)[0]
+
+  program = lowered(products, (7, 4, 5), (5, 5))
+  for text in (program.as_text("hlo"), program.compile().as_text()):
+    counted = sum(script("step_flops").products(text))
+    assert counted == 2.0 * 4 * 5 * 5 * 7 * 3
+
+
 def test_transposes_to_channels_first_are_found(script):
   count = script("step_flops").to_channels_first
   found = lowered(lambda x: x.transpose(0, 3, 1, 2), (4, 8, 8, 3))

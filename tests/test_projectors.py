@@ -126,6 +126,21 @@ def test_mlp_is_its_equation(norm):
   np.testing.assert_allclose(got, want, **CLOSE)
 
 
+def test_a_variance_that_rounding_leaves_below_zero_gives_numbers():
+  # Columns that sum to 0 see nothing of channels that are all alike.
+  common = 1e4 * RNG.normal(size=(64, 1))
+  x = jnp.asarray(np.repeat(common, 3, axis=1), jnp.float32)
+  kernel = RNG.normal(size=(3, 40))
+  kernel = jnp.asarray(100 * (kernel - kernel.mean(0)), jnp.float32)
+  where = jnp.ones(64, bool)
+
+  def total(kernel):
+    return jnp.sum(jnp.matmul(*projectors.normalizing(x, kernel, where)))
+
+  value, slope = jax.jit(jax.value_and_grad(total))(kernel)
+  assert np.isfinite(value) and np.all(np.isfinite(slope))
+
+
 def test_the_hidden_width_is_the_targets_unless_given():
   shapes = jax.eval_shape(mlp(num_hidden=2).init, KEY, drawn(4, 3), drawn(4, 6))
   widths = [shapes[f"layer_{n}"]["kernel"].shape for n in range(3)]
@@ -276,6 +291,25 @@ def test_a_projected_loss_is_the_loss_of_the_projection():
   loss = jax.jit(functools.partial(term.loss, distance="l1"))
   got, _ = loss(params, state, x, like, batch_of(ALL), KEY)
   want = np.abs(x.astype(np.float64) @ p["kernel"] + p["bias"] - like).mean(-1)
+  np.testing.assert_allclose(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_larger_map_of_the_teacher_is_averaged_down(several):
+  x, like = drawn(4, 2, 6, 3), drawn(4, 4, 3, 5)
+  taps = (("a",), ("b",)) if several else TAPS
+  loss = losses.hint
+  if several:
+    loss = lambda ours, theirs: losses.hint(ours[0], theirs[0])  # noqa: E731
+  term = project(Term("h", loss, taps=taps), linear())
+  given = ((x,), (like,)) if several else (x, like)
+  params, state = jax.jit(term.init)(KEY, *given)
+  layer = exact(params["projector"]["0"])["layer_0"]
+  got, _ = jax.jit(term.loss)(params, state, *given, batch_of(ALL), KEY)
+  ours = x.astype(np.float64).reshape(4, 2, 3, 2, 3).mean(3)
+  theirs = like.astype(np.float64).reshape(4, 2, 2, 3, 5).mean(2)
+  ours = ours @ layer["kernel"] + layer["bias"]
+  want = np.mean((ours - theirs) ** 2, axis=(1, 2, 3))
   np.testing.assert_allclose(got, want, **CLOSE)
 
 

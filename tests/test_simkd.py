@@ -271,10 +271,19 @@ def test_what_simkd_cannot_use_is_refused():
     simkd(network(3), theirs, given, BATCH, teacher_tap="layer_*")
   with pytest.raises(UserError, match="unknown student tap 'pooled'"):
     simkd(network(3), theirs, given, BATCH, tap="pooled")  # no map
-  with pytest.raises(
-    UserError, match=r"'stage_2' is a map of 2 x 2, needs .* 4"
-  ):
-    simkd(network(3), theirs, given, BATCH, teacher_tap="stage_1")
+
+
+def test_a_smaller_map_of_the_student_keeps_its_size():
+  theirs = network(6, stride=1)
+  given = jax.eval_shape(theirs.init, KEY, BATCH)
+  model = simkd(network(3), theirs, given, BATCH)
+  assert tap_specs(theirs, given, BATCH)["stage_2"].shape == (8, 4, 4, 12)
+  shapes = jax.eval_shape(
+    lambda given: simkd(network(3), theirs, given, BATCH).init(KEY, BATCH),
+    given,
+  )
+  specs = tap_specs(model, shapes, BATCH)
+  assert specs["projected"].shape == (8, 2, 2, 12)
 
 
 def test_other_taps_than_the_last_can_be_named():

@@ -88,8 +88,8 @@ def methods(student: str, teacher: str) -> dict:
     student=f"stage_{num_stages(student)}",
     teacher=f"stage_{num_stages(teacher)}",
   )
-  # A projector brings no map to a larger one: where the student is the smaller
-  # from its stem on, a stage learns from the one of its size.
+  # Where the student's maps are the smaller from its stem on, a stage learns
+  # from the one of its size: nothing is lost in pooling the teacher's.
   ours, theirs, further = "*", "*", 0
   if student.startswith("shufflenet"):
     ours, theirs, further = "[12]", "[23]", 1

@@ -23,6 +23,7 @@ from kdjax.losses.maps import (
   per_channel,
   same_shape,
   spatial_size,
+  to_smaller,
 )
 from kdjax.losses.traits import tap_loss
 
@@ -59,13 +60,17 @@ def hint(
   d is (s − t)², |s − t|, or smooth L1: (s − t)² / 2 where |s − t| < 1, else
   |s − t| − 1/2. For `cosine` it is 1 − cos(s, t) of the two channel vectors at
   a position; a vector of zeros is at distance 1 from all and gets no gradient.
+  The larger of two maps is pooled to the size of the other.
 
   Raises:
-    UserError: if the shapes differ, or there is no such distance.
+    UserError: if the channels or positions differ, or there is no such
+      distance.
 
   Source: Romero et al. 2014 (FitNets), arXiv 1412.6550, section 2.2, there with
     a sum; the mean is that of the common reimplementations.
   """
+  if jnp.ndim(student) == jnp.ndim(teacher) == 4:
+    student, teacher = to_smaller(*both(student, teacher))
   student, teacher = same_shape(student, teacher)
   return example_mean(
     errors.choose("distance", distance, _HINTS)(student, teacher)
@@ -101,13 +106,13 @@ def review(
   if student.ndim == 2:
     student, teacher = student[:, None, None], teacher[:, None, None]
   height, width = spatial_size(student)
-  total, weight, weights = example_mean((student - teacher) ** 2), 1.0, 1.0
+  difference = student - teacher  # pooled once: pooling is linear
+  total, weight, weights = example_mean(difference**2), 1.0, 1.0
   for level in levels:
     if level < height and level <= width:
-      size = (level, level)
-      apart = adaptive_pool(student, size) - adaptive_pool(teacher, size)
       weight /= 2
       weights += weight
+      apart = adaptive_pool(difference, (level, level))
       total += weight * example_mean(apart**2)
   return total / weights
 

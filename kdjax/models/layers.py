@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kdjax import errors
-from kdjax.models import depthwise
+from kdjax import convolution, errors
 
 Activation = Callable[[Array], Array]
 
@@ -51,7 +50,7 @@ def conv(
     feature_group_count=groups,
     use_bias=use_bias,
     kernel_init=kernel_init,
-    conv_general_dilated=depthwise.conv_general_dilated,
+    conv_general_dilated=convolution.conv_general_dilated,
     dtype=dtype,
     rngs=rngs,
   )

@@ -259,7 +259,7 @@ def _misfits(
     f"it has {theirs} classes, the network {ours}: set "
     f"--config.student.num_classes={theirs} "
     f"(--config.teacher.num_classes={theirs} for a teacher), or drop the head "
-    "with drop_head=True"
+    "with drop_head=True (--config.student.drop_head=True)"
     for theirs, ours in sorted(classes)
   ]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from kdjax import errors
 from kdjax.losses import features, maps, preactivations
 from kdjax.objective import Names, Term
-from kdjax.projectors import batch_norm, convolve
+from kdjax.projectors import batch_norm, convolve, normalizing
 from kdjax.types import Batch, ScalarOrSchedule
 
 Spec = Any  # jax.ShapeDtypeStruct
@@ -211,7 +211,9 @@ def simple(
   ) -> tuple[Array, PyTree]:
     student, teacher = maps.both(student, teacher)
     where = jnp.asarray(batch["mask"]) > 0
-    student = batch_norm(student @ params["kernel"], where, epsilon=1e-4)
+    student = jnp.matmul(
+      *normalizing(student, params["kernel"], where, epsilon=1e-4)
+    )
     teacher = batch_norm(teacher, where, epsilon=1e-4)
     values = features.simple(student, teacher, exponent=exponent, where=where)
     return values, state

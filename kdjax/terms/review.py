@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from kdjax import errors
 from kdjax.losses import features, maps
 from kdjax.objective import Names, Term, each
-from kdjax.projectors import batch_norm, convolve
+from kdjax.projectors import batch_norm, convolve, normalizing
 from kdjax.types import Batch, ScalarOrSchedule
 
 Spec = Any  # jax.ShapeDtypeStruct
@@ -123,16 +123,24 @@ def fuse(
     size: height and width of the teacher's map.
     where: [B], true for the examples that exist.
   """
-  z = _norm(x @ params["conv1"], params["norm1"], where)
+  scale, bias = _affine(params["norm1"])
+  centred, kernel = normalizing(x, params["conv1"], where)
+  kernel = kernel * scale[0, 0]
+  z = centred @ kernel + bias
   if below is not None:
-    y = _nearest(below, maps.spatial_size(x))
-    bias = params["attention_bias"].reshape(1, 1, 1, 2)
-    # [z, y] times the kernel, without making [z, y].
-    of_z, of_y = jnp.split(params["attention"], 2)
-    shares = jax.nn.sigmoid(z @ of_z + y @ of_y + bias)
-    z = shares[..., :1] * z + shares[..., 1:] * y
+    here = maps.spatial_size(x)
+
+    def share(n: int) -> Array:
+      # [x', y] times the kernel by way of x and `below`, which are smaller.
+      of_z, of_y = jnp.split(params["attention"][:, n : n + 1], 2)
+      mine = centred @ (kernel @ of_z) + bias @ of_z
+      score = below @ of_y + params["attention_bias"][n]
+      return jax.nn.sigmoid(mine + _nearest(score, here))
+
+    z = share(0) * z + share(1) * _nearest(below, here)
   z = _nearest(z, size)
-  return _norm(convolve(z, params["conv2"]), params["norm2"], where), z
+  scale, bias = _affine(params["norm2"])
+  return batch_norm(convolve(z, params["conv2"]), where) * scale + bias, z
 
 
 def _stage(
@@ -152,9 +160,9 @@ def _stage(
   return stage
 
 
-def _norm(x: Array, affine: dict[str, Array], where: Array) -> Array:
-  scale, bias = (affine[k].reshape(1, 1, 1, -1) for k in ("scale", "bias"))
-  return batch_norm(x, where) * scale + bias
+def _affine(norm: dict[str, Array]) -> tuple[Array, Array]:
+  scale, bias = (norm[k].reshape(1, 1, 1, -1) for k in ("scale", "bias"))
+  return scale, bias
 
 
 def _map(x: Array) -> Array:

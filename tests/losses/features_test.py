@@ -68,6 +68,17 @@ def test_hint_matches_its_equation(distance):
   oracle.agree(features.hint, hint, STUDENT, TEACHER, static=static)
 
 
+@pytest.mark.parametrize(
+  ("ours", "theirs"), [((5, 4), (2, 4)), ((2, 6), (4, 3))]
+)
+def test_hint_pools_the_larger_of_two_maps(ours, theirs):
+  def pooled_hint(student, teacher):
+    return hint(*alike(student, teacher), distance="mse")
+
+  student, teacher = array(2, *ours, 3), array(2, *theirs, 3)
+  oracle.agree(features.hint, pooled_hint, student, teacher)
+
+
 def attention(x, power):
   return unit(per_example(np.sum(np.abs(x) ** power, axis=-1)))
 

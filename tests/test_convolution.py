@@ -1,4 +1,4 @@
-"""The depthwise convolution of CPUs is XLA's own, and so are its gradients."""
+"""The convolutions of CPUs are XLA's own, and so are their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from kdjax.models import depthwise, layers
+from kdjax import convolution
+from kdjax.models import layers
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -18,7 +19,7 @@ def arrays(size, kernel, channels=5, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
-def loss(conv, strides, padding):
+def loss(conv, strides, padding, groups=None):
   def total(x, kernel):
     y = conv(
       x,
@@ -26,7 +27,7 @@ def loss(conv, strides, padding):
       strides,
       padding,
       dimension_numbers=LAYOUT,
-      feature_group_count=x.shape[-1],
+      feature_group_count=groups or x.shape[-1],
     )
     return jnp.sum(jnp.sin(jnp.float32(y))), y
 
@@ -46,9 +47,42 @@ def loss(conv, strides, padding):
 )
 def test_values_and_gradients_are_xlas(size, kernel, strides, padding):
   given = arrays(size, kernel)
-  gradients, y = loss(depthwise.conv_general_dilated, strides, padding)(*given)
+  gradients, y = loss(convolution.conv_general_dilated, strides, padding)(
+    *given
+  )
   want, want_y = loss(lax.conv_general_dilated, strides, padding)(*given)
   np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-6)
+  for ours, theirs in zip(gradients, want):
+    # Sums of some hundred products of numbers near 1.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize(
+  ("batch", "size", "kernel", "strides", "padding"),
+  [
+    (4, (8, 6), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    (4, (7, 9), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    (4, (8, 8), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    (4, (8, 6), (1, 1), (1, 1), ((0, 0), (0, 0))),
+    (2, (9, 9), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    (3, (6, 7), (3, 2), (1, 1), ((0, 2), (1, 0))),
+    (6, (5, 5), (2, 2), (1, 1), ((3, 0), (0, 2))),  # wider than the kernel
+  ],
+)
+def test_dense_ones_too(
+  monkeypatch, batch, size, kernel, strides, padding, inputs, outputs
+):
+  # Two examples of the largest of these maps a part.
+  monkeypatch.setattr(convolution, "_POSITIONS", 170)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  rng = np.random.default_rng(0)
+  shapes = (batch, *size, inputs), (*kernel, inputs, outputs)
+  given = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+  conv = loss(convolution.conv_general_dilated, strides, padding, 1)
+  gradients, y = conv(*given)
+  want, want_y = loss(lax.conv_general_dilated, strides, padding, 1)(*given)
+  np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-5)
   for ours, theirs in zip(gradients, want):
     # Sums of some hundred products of numbers near 1.
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
@@ -57,8 +91,8 @@ def test_values_and_gradients_are_xlas(size, kernel, strides, padding):
 def test_bfloat16_gradients_keep_their_dtype():
   given = arrays((8, 8), (3, 3), dtype=jnp.bfloat16)
   padding = ((1, 1), (1, 1))
-  ours, _ = loss(depthwise.conv_general_dilated, (1, 1), padding)(*given)
-  want, _ = loss(depthwise.conv_general_dilated, (1, 1), padding)(
+  ours, _ = loss(convolution.conv_general_dilated, (1, 1), padding)(*given)
+  want, _ = loss(convolution.conv_general_dilated, (1, 1), padding)(
     *map(jnp.float32, given)
   )
   for got, exact in zip(ours, want):
@@ -70,7 +104,7 @@ def test_the_kernels_gradient_costs_what_the_convolution_does():
   given = arrays((16, 16), (3, 3), channels=32)
   counts = [
     loss(conv, (1, 1), ((1, 1), (1, 1))).lower(*given).compile()
-    for conv in (depthwise.conv_general_dilated, lax.conv_general_dilated)
+    for conv in (convolution.conv_general_dilated, lax.conv_general_dilated)
   ]
   ours, xlas = (c.cost_analysis()["flops"] for c in counts)
   assert xlas > 5 * ours
@@ -89,7 +123,7 @@ def test_all_other_convolutions_are_left_to_xla(groups, padding, dilation):
     rhs_dilation=dilation,
   )
   np.testing.assert_array_equal(
-    depthwise.conv_general_dilated(x, kernel, (1, 1), padding, **options),
+    convolution.conv_general_dilated(x, kernel, (1, 1), padding, **options),
     lax.conv_general_dilated(x, kernel, (1, 1), padding, **options),
   )
 
