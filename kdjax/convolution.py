@@ -157,10 +157,9 @@ def _of_dense_by_slope(x: Array, slope: Array, size: Any, padding: Pairs):
 
 def _product(a: Array, b: Array) -> Array:
   """Σ over all axes but the last: aᵀ b."""
-  flat = [m.reshape(-1, m.shape[-1]) for m in (a, b)]
-  return lax.dot_general(
-    *flat, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-  )
+  a, b = (m.reshape(-1, m.shape[-1]) for m in (a, b))
+  over_rows = (((0,), (0,)), ((), ()))
+  return lax.dot_general(a, b, over_rows, preferred_element_type=jnp.float32)
 
 
 def _in_parts(product: Any, a: Array, b: Array) -> Array:

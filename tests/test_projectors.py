@@ -138,7 +138,8 @@ def test_a_variance_that_rounding_leaves_below_zero_gives_numbers():
     return jnp.sum(jnp.matmul(*projectors.normalizing(x, kernel, where)))
 
   value, slope = jax.jit(jax.value_and_grad(total))(kernel)
-  assert np.isfinite(value) and np.all(np.isfinite(slope))
+  assert np.isfinite(value)
+  assert np.all(np.isfinite(slope))
 
 
 def test_the_hidden_width_is_the_targets_unless_given():
