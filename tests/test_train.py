@@ -75,7 +75,10 @@ def finished(tmp_path_factory, data_dir):
   [
     "digits.py:smoke",
     "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
-    "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
+    pytest.param(
+      "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       "imagenet/resnet152_to_mobilenet.py:smoke", marks=pytest.mark.slow
     ),
@@ -460,7 +463,7 @@ LINEAR = dict(projector=dict(name="linear"))
     ),
     (
       [*SIMKD[:4], term("hint", "projected", "stage_2")],
-      "student activation has shape (64, 2, 2, 32), the teacher's (64, 4, 4",
+      "student activation has shape (64, 2, 2, 32), the teacher's (64, 2, 2, 1",
     ),
   ],
 )
