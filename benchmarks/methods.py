@@ -374,11 +374,10 @@ def main() -> None:
     tried = {
       rate: bench.accuracy(train(TUNING_SEED, rate), frozen) for rate in RATES
     }
-    rate = max(tried, key=tried.__getitem__)
+    rate = best(tried)
     rows[name] = row(
       [bench.score(*train(s, rate), teachers[s], "test") for s in seeds]
-    )
-    rows[name] |= {"rate": rate, "validation": named(tried)}
+    ) | {"rate": rate, "validation": named(tried)}
   for name in rows:
     show(name, rows[name], rows[HARD_LOSS])
   for name in chosen:
@@ -387,7 +386,7 @@ def main() -> None:
     for rate, value in settings(method, tried):
       trained = distil(TUNING_SEED, frozen, rate, value)
       tried[rate, value] = bench.accuracy(trained, frozen)
-    rate, value = max(tried, key=tried.__getitem__)
+    rate, value = best(tried)
     scores = [
       bench.score(*distil(s, teachers[s], rate, value), teachers[s], "test")
       for s in seeds
@@ -409,9 +408,13 @@ def main() -> None:
 def settings(method: Method, tried: dict[tuple[float, float], float]):
   """Three learning rates, then two more values at the best of `tried`."""
   yield from ((rate, method.centre) for rate in RATES[1:4])
-  best, _ = max(tried, key=tried.__getitem__)
+  rate, _ = best(tried)
   factors = (0.5, 2.0) if method.tunes_temperature else (0.1, 0.01)
-  yield from ((best, factor * method.centre) for factor in factors)
+  yield from ((rate, factor * method.centre) for factor in factors)
+
+
+def best(tried: dict[Any, float]) -> Any:
+  return max(tried, key=tried.__getitem__)
 
 
 def named(tried: dict[Any, float]) -> dict[str, float]:

@@ -129,30 +129,18 @@ def _of_dense(wide: Array, slope: Array, size: Any, strides: Any) -> Array:
 
 
 def _of_dense_by_slope(x: Array, slope: Array, size: Any, padding: Pairs):
-  """The same for s = 1, as xᵀ · patches of the slope, which has fewer channels.
+  """The same for s = 1, by patches of the slope, which has fewer channels.
 
-  With m = i + u − padding it is Σ_bmn x[b, m, n, c] · slope[b, m − u + padding,
-  n − v + padding, d], 0 outside the slope.
+  It is the kernel's gradient of the convolution that takes the slope, padded to
+  the full size, to x: with taps in reverse, and outputs for inputs.
   """
   around = [
-    (k - 1 - low, k - 1 - high) for k, (low, high) in zip(size, padding)
+    (k - 1 - low, k - 1 - high, 0) for k, (low, high) in zip(size, padding)
   ]
-  config = ((0, 0, 0), *((a, b, 0) for a, b in around), (0, 0, 0))
+  config = ((0, 0, 0), *around, (0, 0, 0))
   wide = lax.pad(slope, jnp.zeros((), slope.dtype), config)
-
-  def patches(g: Array) -> Array:
-    taps = [(u, v) for u in range(size[0]) for v in range(size[1])]
-    return jnp.concatenate(
-      [
-        _shifted(g, x.shape[1:3], (1, 1), size[0] - 1 - u, size[1] - 1 - v)
-        for u, v in taps
-      ],
-      axis=-1,
-    )
-
-  total = _in_parts(lambda x, g: _product(x, patches(g)), x, wide)
-  inputs, outputs = x.shape[-1], slope.shape[-1]
-  return jnp.moveaxis(total.reshape(inputs, *size, outputs), 0, 2)
+  reverse = _of_dense(wide, x, size, (1, 1))
+  return jnp.swapaxes(reverse[::-1, ::-1], 2, 3)
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -269,10 +269,8 @@ def _layer(
 def _affine(x: Array, layer: dict[str, Array]) -> Array:
   """x · scale + bias, as far as the layer has them."""
   shape = (1,) * (x.ndim - 1) + (-1,)
-  for name, act in (("scale", jnp.multiply), ("bias", jnp.add)):
-    if name in layer:
-      x = act(x, layer[name].reshape(shape))
-  return x
+  x = x * layer["scale"].reshape(shape) if "scale" in layer else x
+  return x + layer["bias"].reshape(shape) if "bias" in layer else x
 
 
 def _resize(x: Array, like: Spec) -> Array:
@@ -282,9 +280,7 @@ def _resize(x: Array, like: Spec) -> Array:
 def _not_larger(x: Array, than: Spec) -> Array:
   if x.ndim != 4 or than.ndim != 4:
     return x
-  return maps.adaptive_pool(
-    x, (min(x.shape[1], than.shape[1]), min(x.shape[2], than.shape[2]))
-  )
+  return maps.adaptive_pool(x, maps.smaller_size(x, than))
 
 
 def _check(source: Spec, target: Spec) -> None:

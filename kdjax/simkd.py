@@ -86,8 +86,7 @@ def simkd(
   _, theirs = _last(
     "teacher", teacher_tap, tap_specs(teacher, teacher_variables, batch)
   )
-  sizes = maps.spatial_size(ours), maps.spatial_size(theirs)
-  size = (min(sizes[0][0], sizes[1][0]), min(sizes[0][1], sizes[1][1]))
+  size = maps.smaller_size(ours, theirs)
   channels = ours.shape[-1], theirs.shape[-1]
   projector = from_nnx(
     lambda rngs: Bottleneck(*channels, factor, rngs),

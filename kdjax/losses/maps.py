@@ -98,9 +98,14 @@ def adaptive_pool(
 
 def to_smaller(student: Array, teacher: Array) -> tuple[Array, Array]:
   """Two maps, the larger one pooled to the size of the smaller."""
-  ours, theirs = spatial_size(student), spatial_size(teacher)
-  size = (min(ours[0], theirs[0]), min(ours[1], theirs[1]))
+  size = smaller_size(student, teacher)
   return adaptive_pool(student, size), adaptive_pool(teacher, size)
+
+
+def smaller_size(x: Array, y: Array) -> tuple[int, int]:
+  """(H, W) that both maps can be pooled to."""
+  (height, width), (height2, width2) = spatial_size(x), spatial_size(y)
+  return min(height, height2), min(width, width2)
 
 
 def same_positions(x: Array, y: Array) -> tuple[Array, Array]:
