@@ -3,7 +3,7 @@
     y[b, i, j, d] = Σ_uvc x[b, s·i + u, s·j + v, c] · kernel[u, v, c, d]
 
 x being padded, s the stride. Of the three products of a convolution, XLA's
-kernel gradient is the slow one on a CPU: a third of the speed of the others
+kernel gradient is the slow one on a CPU: slower than a product of matrices
 where the map is large, and for a depthwise convolution that of a dense one, C
 times the products, of which it keeps one in C.
 """
