@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from kdjax import errors, losses, schedules
 from kdjax.objective import Names, Objective, Term
-from kdjax.types import Batch, Output
+from kdjax.losses import fused
+from kdjax.types import Batch, LinearLogits, Output, dense
 
 # {name: (sum, weight)}
 Sums = dict[str, tuple[Array, Array]]
@@ -44,21 +45,60 @@ def logit_terms(
   batch: Batch,
   divide_by: Mapping[str, Array],
   step: Array,
+  layout: fused.Layout | None = None,
 ) -> tuple[dict[str, Array], Sums]:
   """All terms that read logits, in one call.
 
+  `LinearLogits` of the student are gone through a chunk of tokens at a time;
+  the totals have a gradient then, the sums none.
+
   Args:
     terms: those with `reads_logits`.
-    student, teacher: `[*batch, classes]`; no teacher where no term needs one.
+    student, teacher: `[*batch, classes]` or `LinearLogits`; no teacher where no
+      term needs one.
     batch: with `mask`, and `label` where a term needs it.
     divide_by: `denominators` of the whole batch, of which this may be a part.
     step: the update count that schedules read.
+    layout: how the tokens of `LinearLogits` are gone through.
 
   Returns:
     `{group: weighted total}`, this part's share of it, and `{term: (sum,
     weight)}` before the term's weight, T² included. `kl_at_1` is the KL at
     T = 1, always there, so that runs with different temperatures compare.
+
+  Raises:
+    UserError: with `LinearLogits`, for a term that couples examples.
   """
+  if not isinstance(student, LinearLogits):
+    constants = divide_by, step
+    return _logit_sums(terms, student, dense(teacher), batch, constants)
+  for term in terms:
+    if term.coupled:
+      raise errors.UserError(
+        f"term {term.name!r} compares examples with one another, and a head "
+        "that is not multiplied out shows a few at a time: give dense logits, "
+        "or a loss per example"
+      )
+  read = {k: batch[k] for k in ("mask", "labelled", "label") if k in batch}
+  return fused.sum_rows(
+    functools.partial(_logit_sums, terms),
+    student,
+    teacher,
+    read,
+    (divide_by, step),
+    layout,
+  )
+
+
+def _logit_sums(
+  terms: Sequence[Term],
+  student: Array,
+  teacher: Array | None,
+  batch: Batch,
+  constants: tuple[Mapping[str, Array], Array],
+) -> tuple[dict[str, Array], Sums]:
+  """`logit_terms` of logits that are multiplied out, or of some rows of them."""
+  divide_by, step = constants
   totals: dict[str, Any] = {}
   sums: Sums = {}
   for term in terms:
