@@ -64,6 +64,12 @@ class LinearLogits:
     """That of the logits, `[*batch, V]`."""
     return (*self.hidden.shape[:-1], self.kernel.shape[0])
 
+  @property
+  def vocabulary(self) -> int:
+    """How many classes are no padding."""
+    size = self.kernel.shape[0]
+    return size if self.num_classes is None else min(self.num_classes, size)
+
   def finish(
     self, product: Float32[Array, "*batch V"]
   ) -> Float32[Array, "*batch V"]:
@@ -75,13 +81,16 @@ class LinearLogits:
       product *= self.scale
     if self.softcap is not None:
       product = self.softcap * jnp.tanh(product / self.softcap)
-    size = product.shape[-1]
-    if self.num_classes is None or self.num_classes >= size:
-      return product
-    classes = jax.lax.broadcasted_iota(
-      jnp.int32, product.shape, product.ndim - 1
-    )
-    return jnp.where(classes < self.num_classes, product, -jnp.inf)
+    return self.mask_padding(product)
+
+  def mask_padding(
+    self, logits: Float[Array, "*batch V"]
+  ) -> Float[Array, "*batch V"]:
+    """-inf for the classes that pad the vocabulary."""
+    if self.vocabulary == self.kernel.shape[0]:
+      return logits
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(classes < self.vocabulary, logits, -jnp.inf)
 
 
 def dense(logits: Any) -> Any:

@@ -15,6 +15,7 @@ compiler, which reduces over the classes by a few numbers a token.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from kdjax.types import LinearLogits, UserError
 
 # Rows of the kernel's gradient that are added to at once.
 _CLASSES = 8192
-# Rows of logits that f sees at once on CPU.
-_ROWS = 16
+# Rows of logits that f sees at once on CPU, two for each core.
+_ROWS = 2 * (os.cpu_count() or 1)
 
 # (student [n, V], teacher [n, V] | None, rows, constants) -> ({group: scalar},
 # further sums), each the sum of what its rows give.
@@ -81,11 +82,16 @@ def sum_rows(
   """
   layout = layout or Layout()
   _check(student, teacher, rows, layout)
-  sizes = [_true_size(x) for x in (student, teacher) if x is not None]
-  student = dataclasses.replace(student, num_classes=min(sizes))
-  if layout.classes and isinstance(teacher, LinearLogits):
-    # Once, beside the student's: in the loop it would move logits.
-    teacher = _resized(teacher, student.shape[-1])
+  num_classes = student.vocabulary
+  if isinstance(teacher, LinearLogits):
+    num_classes = min(num_classes, teacher.vocabulary)
+    teacher = dataclasses.replace(teacher, num_classes=num_classes)
+    if layout.classes:
+      # Once, beside the student's: in the loop it would move logits.
+      teacher = _resized(teacher, student.shape[-1])
+  elif teacher is not None:
+    num_classes = min(num_classes, teacher.shape[-1])
+  student = dataclasses.replace(student, num_classes=num_classes)
   run = functools.partial(_spread, f, layout)
 
   @jax.custom_vjp
@@ -93,24 +99,22 @@ def sum_rows(
     return run(None, *arguments)[0]
 
   def forward(*arguments):
-    groups = jax.eval_shape(sums, *arguments)[0]
-    result, gradient = run({g: jnp.float32(1) for g in groups}, *arguments)
+    result, gradient = run({}, *arguments)
     return result, (gradient, arguments)
 
   def backward(saved, cotangents):
     gradient, arguments = saved
-    by_group, _ = cotangents
+    student, by_group = arguments[0], cotangents[0]
     one, *others = by_group.values()
+    cast = lambda g, x: g.astype(x.dtype)  # noqa: E731
     # Where these are constants, as for a gradient of the sum, the compiler
     # keeps one branch.
-    alike = functools.reduce(jnp.logical_and, [one == x for x in others], True)
     gradient = jax.lax.cond(
-      alike,
-      lambda: jax.tree.map(lambda g: one * g, gradient),
-      lambda: run(by_group, *arguments)[1],
+      functools.reduce(jnp.logical_and, [one == x for x in others], True),
+      lambda: jax.tree.map(lambda g, x: cast(one * g, x), gradient, student),
+      lambda: jax.tree.map(cast, run(by_group, *arguments)[1], student),
     )
-    cast = lambda g, x: g.astype(x.dtype)  # noqa: E731
-    return jax.tree.map(cast, gradient, arguments[0]), None, None, None
+    return gradient, None, None, None
 
   sums.defvjp(forward, backward)
   return sums(student, teacher, rows, constants)
@@ -135,14 +139,8 @@ def _check(student, teacher, rows, layout):
     raise UserError(
       f"the student's kernel has {size} rows, which axis {layout.classes!r} of "
       f"{count} devices does not divide: pad it with rows to "
-      f"{size + -size % count} and set num_classes={_true_size(student)}"
+      f"{size + -size % count} and set num_classes={student.vocabulary}"
     )
-
-
-def _true_size(logits: Any) -> int:
-  if isinstance(logits, LinearLogits) and logits.num_classes is not None:
-    return min(logits.num_classes, logits.shape[-1])
-  return logits.shape[-1]
 
 
 def _resized(logits: LinearLogits, size: int) -> LinearLogits:
@@ -155,10 +153,7 @@ def _resized(logits: LinearLogits, size: int) -> LinearLogits:
     return jnp.pad(x[:size], pad)
 
   return dataclasses.replace(
-    logits,
-    kernel=resized(logits.kernel),
-    bias=resized(logits.bias),
-    num_classes=min(_true_size(logits), size),
+    logits, kernel=resized(logits.kernel), bias=resized(logits.bias)
   )
 
 
@@ -197,13 +192,16 @@ def _spread(f, layout, weights, student, teacher, rows, constants):
 
 
 def _through(f, layout, weights, student, teacher, rows, constants):
-  """One device's tokens: f's sums and, with weights, its weighted gradient."""
+  """One device's tokens: f's sums and, unless the weights are None, a gradient.
+
+  The gradient is that of Σ weight · group, 1 where no weight is given.
+  """
   batch, counts = rows["mask"].shape, rows["mask"].reshape(-1) > 0
   hidden, dtype = _flat(student.hidden, batch), student.hidden.dtype
   rows = {name: _flat(x, batch) for name, x in rows.items()}
   split = functools.partial(_split, layout)
   kernel = split(student.kernel.astype(dtype))
-  target, finish_target = _targets(teacher, batch, layout, student.shape[-1])
+  target, finish_target = _targets(teacher, batch, layout, student)
   chunk, tile = _sizes(layout, counts.size)
   # Those that do not count come last; what is past the end reads as 0.
   order = jnp.argsort(~counts, stable=True)
@@ -221,7 +219,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   def tile_sums(product, target, part):
     logits = student.finish(product), finish_target(target)
     groups, further = f(*logits, part, constants)
-    total = sum(weights[g] * groups[g] for g in groups) if weights else 0.0
+    total = sum((weights or {}).get(g, 1.0) * x for g, x in groups.items())
     return total, (groups, further)
 
   def one_tile(sums, pieces):
@@ -247,27 +245,28 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   gradient = None
   if weights is not None:
-    gradient, accumulate = _accumulators(student, hidden.shape, layout)
+    gradient, accumulate = _accumulators(student, hidden, layout)
   trips = (jnp.sum(counts) + chunk - 1) // chunk
   sums, gradient = jax.lax.fori_loop(0, trips, one_chunk, (sums, gradient))
   if gradient is not None:
     by_hidden, by_kernel, by_bias = gradient
     gradient = dataclasses.replace(
       student,
-      hidden=by_hidden.sum(0).reshape(student.hidden.shape),
+      hidden=_as(by_hidden, dtype).sum(0).reshape(student.hidden.shape),
       kernel=by_kernel,
       bias=by_bias,
     )
   return sums, gradient
 
 
-def _targets(teacher, batch, layout, size):
-  """index -> what there is of the teacher there; that -> logits [n, size]."""
+def _targets(teacher, batch, layout, student):
+  """index -> what there is of the teacher there; that -> logits [n, V]."""
+  size = student.shape[-1]
   if teacher is None:
     return lambda index: None, lambda _: None
   if not isinstance(teacher, LinearLogits):
-    logits = _flat(teacher, batch)
-    return functools.partial(_take, logits), lambda x: _as_wide(x, size)
+    logits, finish = _flat(teacher, batch), student.mask_padding
+    return functools.partial(_take, logits), lambda x: finish(_as_wide(x, size))
   hidden = _flat(teacher.hidden, batch)
   split = functools.partial(_split, layout)
   kernel = split(teacher.kernel.astype(hidden.dtype))
@@ -284,11 +283,13 @@ def _product(split, x: Array, kernel: Array) -> Float32[Array, "n V"]:
   return split(product, 1)
 
 
-def _accumulators(student, shape, layout):
+def _accumulators(student, hidden, layout):
   """Zeros for the gradients of hidden, kernel and bias; what adds to them."""
   blocks = layout.mesh.shape[layout.classes] if layout.classes else 1
+  # A token's hidden state is met once: only shares of it are still to be added.
+  dtype = hidden.dtype if blocks == 1 else jnp.float32
   zeros = (
-    jnp.zeros((blocks, *shape), jnp.float32),
+    _bits(jnp.zeros((blocks, *hidden.shape), dtype)),
     jnp.zeros(student.kernel.shape, jnp.float32),
     None if student.bias is None else jnp.zeros(student.bias.shape),
   )
@@ -314,6 +315,8 @@ def _accumulate(gradient, slope, x, kernel, index):
   share = jnp.einsum(
     "nv,vd->nd", slope, kernel, preferred_element_type=jnp.float32
   )
+  if by_hidden.dtype != jnp.float32:
+    share = _bits(share.astype(slope.dtype))
   by_hidden = by_hidden.at[0, index].set(share, mode="drop")
 
   def add(start, width, total):
@@ -347,7 +350,22 @@ def _flat(x: Array, batch: tuple[int, ...]) -> Array:
 
 
 def _take(x: Array, index: Array) -> Array:
-  return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+  """Rows of x; 0 past its end."""
+  rows = jnp.take(_bits(x), index, axis=0, mode="fill", fill_value=0)
+  return _as(rows, x.dtype)
+
+
+# On CPU a gather or scatter of bfloat16 would convert the whole array to
+# float32 and, in a loop, back.
+def _bits(x: Array) -> Array:
+  half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
+
+
+def _as(bits: Array, dtype: Any) -> Array:
+  if bits.dtype != jnp.uint16:
+    return bits
+  return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def _as_wide(logits: Array, size: int) -> Array:
