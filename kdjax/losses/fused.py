@@ -227,7 +227,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
       (_, more), slope = tile_sums(*pieces), None
     else:
       slope, more = jax.grad(tile_sums, has_aux=True)(*pieces)
-      slope = slope.astype(dtype)
+      slope = slope.astype(_slope_dtype(dtype))
     return jax.tree.map(jnp.add, sums, more), slope
 
   def one_chunk(number, carry):
@@ -312,17 +312,14 @@ def _accumulators(student, hidden, layout):
 def _accumulate(gradient, slope, x, kernel, index):
   """Adds what a chunk's slope [n, V] gives hidden states, kernel and bias."""
   by_hidden, by_kernel, by_bias = gradient
-  share = jnp.einsum(
-    "nv,vd->nd", slope, kernel, preferred_element_type=jnp.float32
-  )
-  if by_hidden.dtype != jnp.float32:
-    share = _bits(share.astype(slope.dtype))
-  by_hidden = by_hidden.at[0, index].set(share, mode="drop")
+  multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  cut = jax.lax.dynamic_slice_in_dim
+
+  share = sum(multiply("nv,vd->nd", x, kernel) for x in _parts(slope, x.dtype))
 
   def add(start, width, total):
-    part = jax.lax.dynamic_slice_in_dim(slope, start, width, 1)
-    more = jnp.einsum("nv,nd->vd", part, x, preferred_element_type=jnp.float32)
-    more += jax.lax.dynamic_slice_in_dim(total, start, width)
+    more = multiply("nv,nd->vd", cut(slope, start, width, axis=1), x)
+    more += cut(total, start, width)
     return jax.lax.dynamic_update_slice_in_dim(total, more, start, 0)
 
   # A part at a time, so that no second array has the kernel's size.
@@ -332,6 +329,9 @@ def _accumulate(gradient, slope, x, kernel, index):
   )
   if size % step:
     by_kernel = add(size - size % step, size % step, by_kernel)
+  if by_hidden.dtype != jnp.float32:
+    share = _bits(share.astype(x.dtype))
+  by_hidden = by_hidden.at[0, index].set(share, mode="drop")
   if by_bias is not None:
     by_bias += slope.sum(0, dtype=jnp.float32)
   return by_hidden, by_kernel, by_bias
@@ -374,6 +374,22 @@ def _as_wide(logits: Array, size: int) -> Array:
   missing = size - logits.shape[-1]
   pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
   return jnp.pad(logits, pad, constant_values=-jnp.inf) if missing else logits
+
+
+def _parts(slope: Array, dtype: Any) -> list[Array]:
+  """Arrays of `dtype` that add up to the slope."""
+  if slope.dtype == dtype:
+    return [slope]
+  form = jnp.finfo(dtype)
+  # Not a cast and its inverse, which the compiler would leave out.
+  high = jax.lax.reduce_precision(slope, form.nexp, form.nmant)
+  return [high.astype(dtype), (slope - high).astype(dtype)]
+
+
+def _slope_dtype(dtype: Any) -> Any:
+  # Rounded, as other devices' products need it, the slope costs the gradients
+  # as much again as their own rounding; products with it are no faster on CPU.
+  return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
 def _sizes(layout: Layout, num_tokens: int) -> tuple[int, int]:
