@@ -20,6 +20,13 @@ BATCH, STUDENT_V, TEACHER_V, TRUE = (3, 7), 13, 12, 11
 SOFTCAP, SCALE = 3.0, 0.7
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+  """13 classes are then three parts and a rest, a chunk of 4 two tiles."""
+  monkeypatch.setattr(fused, "_CLASSES", 4)
+  monkeypatch.setattr(fused, "_ROWS", 2)
+
+
 def normal(*shape):
   return RNG.normal(size=shape)
 

@@ -234,7 +234,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
     sums, gradient = carry
     index, x, tiles = multiply(number)
     sums, slope = jax.lax.scan(one_tile, sums, tiles)
-    if weights is not None:
+    if slope is not None:
       slope = split(slope.reshape(chunk, -1), 1)
       gradient = accumulate(gradient, slope, x, kernel, index)
     return sums, gradient
@@ -315,7 +315,8 @@ def _accumulate(gradient, slope, x, kernel, index):
   multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   cut = jax.lax.dynamic_slice_in_dim
 
-  share = sum(multiply("nv,vd->nd", x, kernel) for x in _parts(slope, x.dtype))
+  shares = [multiply("nv,vd->nd", y, kernel) for y in _parts(slope, x.dtype)]
+  share = functools.reduce(jnp.add, shares)
 
   def add(start, width, total):
     more = multiply("nv,nd->vd", cut(slope, start, width, axis=1), x)
