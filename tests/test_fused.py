@@ -22,8 +22,8 @@ SOFTCAP, SCALE = 3.0, 0.7
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-  """13 classes are then three parts and a rest, a chunk of 4 two tiles."""
-  monkeypatch.setattr(fused, "_CLASSES", 4)
+  """13 classes are then two parts and a rest, a chunk of 4 two tiles."""
+  monkeypatch.setattr(fused, "_CLASSES", 5)
   monkeypatch.setattr(fused, "_ROWS", 2)
 
 
