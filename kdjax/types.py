@@ -25,6 +25,26 @@ Schedule = Callable[[Any], Any]  # optax's: update count -> value
 ScalarOrSchedule = float | Array | Schedule
 
 
+class LinearLogits(NamedTuple):
+  """A head that is not multiplied out: softcap(scale · hidden kernelᵀ + bias).
+
+  Attributes:
+    hidden: `[*batch, D]`.
+    kernel: `[V, D]`, row v is class v's weights (as embeddings lie).
+    bias: `[V]`.
+    softcap: c of c · tanh(x / c).
+    scale: factor on the product.
+    num_classes: only so many of the V rows are classes; None = all.
+  """
+
+  hidden: Any
+  kernel: Any
+  bias: Any = None
+  softcap: Any = None
+  scale: Any = None
+  num_classes: Any = None
+
+
 class Output(NamedTuple):
   """What a network returns.
 

@@ -1,0 +1,333 @@
+"""The whole decoder: `decoder`, a `Model` whose layers are scanned."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from kdjax import errors
+from kdjax.models.decoder import attention, parameters
+from kdjax.models.decoder.architecture import Architecture, architecture
+from kdjax.models.decoder.block import (
+  Attend,
+  Dropout,
+  Layer,
+  angles,
+  block,
+  embed,
+  normalise,
+)
+from kdjax.types import Batch, LinearLogits, Model, Output, Params, Stats
+
+# Taps of each layer, from the first; then those of the whole network.
+LAYER_TAPS = ("block", "attention", "queries", "keys", "values")
+OTHER_TAPS = ("embed", "final")
+ALL_TAPS = ("*",)  # as in `adapters`
+
+# What is recomputed in the backward pass instead of kept.
+REMAT = {
+  "none": None,
+  "block": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def decoder(
+  net: Architecture | Mapping[str, Any],
+  *,
+  head: str = "dense",
+  num_classes: int | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  remat: str = "none",
+) -> Model:
+  """A causal language model; the logits at a token are of the one after it.
+
+  A batch has `tokens [B, S]` and may have `segment_ids [B, S]`, the number of
+  each token's document (no attention across documents; 0 = padding), and
+  `positions [B, S]`, which otherwise count from each document's beginning.
+
+  Taps, for n layers and heads of d channels:
+
+      embed                        [B, S, D]        what the first layer reads
+      block_1 ... block_n          [B, S, D]        the residual stream
+      attention_1 ... attention_n  [B, heads, S, S] probabilities, float32
+      queries_i, keys_i, values_i  [B, heads, S, d] as the scores multiply them:
+                                                    normalised and rotated
+      final                        [B, S, D]        what the head reads
+
+  A tap that is not asked for costs nothing. An attention map has all layers
+  compute theirs by the plain equation, and keeps the one.
+
+  Args:
+    net: the content of a config.json, or what `architecture` makes of it.
+    head: "dense" gives logits `[B, S, V]`, float32; "linear" gives
+      `LinearLogits`, for losses that never multiply them out.
+    num_classes: the tokenizer's size, where the embeddings were padded beyond
+      it: the classes after it are -inf.
+    dtype: of the computation; norms, rotations and softmax are float32.
+    param_dtype: of what `init` draws.
+    remat: what the backward pass computes again: "none"; "dots", all but the
+      matrix products; "block", all but what goes from layer to layer.
+
+  Raises:
+    UserError: an unknown option, an unsupported config.json; from `apply`, an
+      unknown tap or a sequence longer than the context.
+  """
+  if not isinstance(net, Architecture):
+    net = architecture(net)
+  made = net
+  head_of = errors.choose(
+    "head", head, {"dense": dense_head, "linear": linear_head}
+  )
+  errors.choose("remat", remat, REMAT)
+  names = tap_names(made)
+
+  def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
+    del batch  # nothing depends on it
+    return parameters.init(made, key, param_dtype), {}
+
+  def apply(
+    params: Params,
+    stats: Stats,
+    batch: Batch,
+    *,
+    train: bool,
+    key: Array | None = None,
+    taps: tuple[str, ...] = (),
+  ) -> tuple[Output, Stats]:
+    asked = tuple(names) if taps == ALL_TAPS else taps
+    for name in asked:
+      if name not in names:
+        raise errors.unknown("tap", name, names)
+    x, found = hidden(
+      made,
+      params,
+      batch,
+      dtype=dtype,
+      remat=remat,
+      key=key if train else None,
+      taps=asked,
+    )
+    logits = head_of(made, params, x, num_classes)
+    return Output(logits, {name: found[name] for name in asked}), stats
+
+  return Model(init, apply)
+
+
+def linear_head(
+  net: Architecture,
+  params: Params,
+  x: Float[Array, "b s width"],
+  num_classes: int | None = None,
+) -> LinearLogits:
+  """The head, not multiplied out."""
+  kernel = params["embed" if net.tied else "head"]["kernel"]
+  return LinearLogits(
+    x, kernel, softcap=net.final_softcap, num_classes=num_classes
+  )
+
+
+def dense_head(
+  net: Architecture,
+  params: Params,
+  x: Float[Array, "b s width"],
+  num_classes: int | None = None,
+) -> Float32[Array, "b s vocab"]:
+  """cap(x · kernelᵀ), float32, -inf from `num_classes` on."""
+  head = linear_head(net, params, x)
+  logits = jnp.einsum(
+    "bsd,vd->bsv",
+    x,
+    head.kernel.astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  logits = attention.capped(logits, net.final_softcap)
+  if num_classes is None:
+    return logits
+  there = jnp.arange(net.vocab_size) < num_classes
+  return jnp.where(jnp.broadcast_to(there, logits.shape), logits, -jnp.inf)
+
+
+def layers(net: Architecture, params: Params, taps: tuple[str, ...]) -> Layer:
+  """All layers, stacked."""
+  asked = {kind: np.full(net.depth, -1, np.int32) for kind in LAYER_TAPS}
+  for kind, numbers in _asked(net, taps).items():
+    asked[kind][numbers] = np.arange(len(numbers))
+  distinct = list(dict.fromkeys(net.rotations))
+  return Layer(
+    weights=params["layers"],
+    number=np.arange(net.depth, dtype=np.int32),
+    window=np.array([w or net.context for w in net.windows], np.int32),
+    rotation=np.array(
+      [distinct.index(r) for r in net.rotations] or [0] * net.depth, np.int32
+    ),
+    slots={kind: at for kind, at in asked.items() if (at >= 0).any()},
+  )
+
+
+def _asked(net: Architecture, taps: tuple[str, ...]) -> dict[str, list[int]]:
+  """Kind of tap -> the numbers of the layers that are asked for theirs."""
+  return {
+    kind: [n for n in range(net.depth) if f"{kind}_{n + 1}" in taps]
+    for kind in LAYER_TAPS
+  }
+
+
+def document_positions(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:
+  """Positions that begin anew with each document of a row."""
+  slots = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+  before = jnp.pad(segments, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  starts = jnp.where(segments != before, slots, 0)
+  return slots - jax.lax.cummax(starts, axis=1)
+
+
+def hidden(
+  net: Architecture,
+  params: Params,
+  batch: Batch,
+  *,
+  dtype: Any = jnp.float32,
+  remat: str = "none",
+  key: Array | None = None,
+  taps: tuple[str, ...] = (),
+) -> tuple[Float[Array, "b s width"], dict[str, Array]]:
+  """What the head reads, and the taps.
+
+  Args:
+    batch: `tokens [B, S]`; `segment_ids [B, S]`, the number of each token's
+      document, 0 = padding; `positions [B, S]`, otherwise counted from each
+      document's beginning.
+    dtype: of the computation; norms, angles and softmax are float32.
+    remat: one of `REMAT`.
+    key: for dropout; None = no dropout.
+    taps: names of `tap_names`.
+  """
+  tokens = batch["tokens"]
+  _check_length(net, tokens)
+  segments = batch.get("segment_ids")
+  positions = batch.get("positions")
+  if positions is None:
+    whole = jnp.arange(tokens.shape[1])[None]
+    positions = whole if segments is None else document_positions(segments)
+  drop = _dropout(key)
+  x = drop(embed(net, params, tokens, positions, dtype), net.embed_dropout, 2)
+  found = {"embed": x} if "embed" in taps else {}
+  turned = angles(net, positions)
+  stack = layers(net, params, taps)
+  probabilities = "attention" in stack.slots
+
+  def step(x: Array, layer: Layer) -> tuple[Array, dict[str, Array]]:
+    own = None if key is None else jax.random.fold_in(key, layer.number)
+    attend = _attend(net, segments, own, probabilities)
+    x, taps = block(net, x, layer, turned, attend, _dropout(own))
+    return x, {kind: _as_tap(kind, taps[kind]) for kind in layer.slots}
+
+  if remat != "none":
+    policy = errors.choose("remat", remat, REMAT)
+    step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+  def body(carry: Any, layer: Layer) -> tuple[Any, None]:
+    x, kept = carry
+    x, seen = step(x, layer)
+    return (x, _keep(kept, seen, layer.slots)), None
+
+  (x, kept), _ = jax.lax.scan(body, (x, _buffers(step, x, stack)), stack)
+  for kind, numbers in _asked(net, taps).items():
+    for slot, n in enumerate(numbers):
+      found[f"{kind}_{n + 1}"] = kept[kind][slot]
+  x = normalise(net, x, params["norm"])
+  if "final" in taps:
+    found["final"] = x
+  return x, found
+
+
+def tap_names(net: Architecture) -> list[str]:
+  numbers = range(1, net.depth + 1)
+  return [*OTHER_TAPS, *(f"{kind}_{n}" for kind in LAYER_TAPS for n in numbers)]
+
+
+def _attend(
+  net: Architecture,
+  segments: Array | None,
+  key: Array | None,
+  probabilities: bool,
+) -> Attend:
+  """Attention over the row itself."""
+  windowed = any(net.windows)
+  dropped = key is not None and net.attention_dropout > 0
+
+  def attend(
+    q: Array, k: Array, v: Array, layer: Layer
+  ) -> tuple[Array, dict[str, Array]]:
+    slots = jnp.arange(q.shape[1])
+    window = layer.window if windowed else None
+    seen = attention.visible(slots, slots, window, segments, segments)
+    softcap = net.attention_softcap
+    fuses = attention.fuses(q.dtype, net.head_dim, softcap)
+    if fuses and not probabilities and not dropped:
+      plain = segments is None and not windowed
+      mask = None if plain else seen
+      return attention.fused(q, k, v, mask, scale=net.score_scale), {}
+    dropout = None
+    if key is not None and dropped:
+      dropout = (net.attention_dropout, jax.random.fold_in(key, 3))
+    y, p = attention.dense(
+      q, k, v, seen, scale=net.score_scale, softcap=softcap, dropout=dropout
+    )
+    return y, {"attention": p}
+
+  return attend
+
+
+def _dropout(key: Array | None) -> Dropout:
+  def drop(x: Array, rate: float, stream: int) -> Array:
+    if key is None or not rate:
+      return x
+    own = jax.random.fold_in(key, stream)
+    keep = jax.random.bernoulli(own, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+  return drop
+
+
+def _as_tap(kind: str, x: Array) -> Array:
+  heads = kind in ("queries", "keys", "values")
+  return x.swapaxes(1, 2) if heads else x  # [B, heads, S, d], as everywhere
+
+
+def _buffers(
+  step: Callable[..., Any], x: Array, stack: Layer
+) -> dict[str, Array]:
+  """Room for the taps that were asked for, and for no other layer's."""
+  first = jax.tree.map(lambda a: a[0], stack)
+  _, seen = jax.eval_shape(step, x, first)
+  return {
+    kind: jnp.zeros((int(at.max()) + 1, *seen[kind].shape), seen[kind].dtype)
+    for kind, at in stack.slots.items()
+  }
+
+
+def _keep(
+  kept: dict[str, Array], seen: dict[str, Array], slots: dict[str, Array]
+) -> dict[str, Array]:
+  """Writes in place; a layer that was not asked writes back what was there."""
+
+  def write(buffer: Array, value: Array, slot: Array) -> Array:
+    at = jnp.maximum(slot, 0)
+    old = jax.lax.dynamic_index_in_dim(buffer, at, keepdims=False)
+    new = jnp.where(slot >= 0, value, old)
+    return jax.lax.dynamic_update_index_in_dim(buffer, new, at, 0)
+
+  return {kind: write(kept[kind], seen[kind], slots[kind]) for kind in kept}
+
+
+def _check_length(net: Architecture, tokens: Array) -> None:
+  if tokens.shape[1] > net.context:
+    raise errors.UserError(
+      f"sequences have {tokens.shape[1]} tokens, the model's context "
+      f"{net.context}: cut them, or take a model of a longer context"
+    )
