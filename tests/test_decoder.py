@@ -9,7 +9,7 @@ import pytest
 from golden_decoders import NAMES, assert_close, golden
 
 from kdjax.errors import UserError
-from kdjax.models.decoder import decoder
+from kdjax.models.decoder import attention, decoder, network
 from kdjax.types import LinearLogits
 
 
@@ -142,6 +142,53 @@ def test_the_program_does_not_grow_with_the_depth():
   assert deep == shallow
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, 2.0)])
+def test_the_kernel_for_tpus_is_the_equation(segmented, window, softcap):
+  """Values and gradients, the kernel interpreted."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, 128, h, 8)) for h in (4, 2, 2))
+  q, k, v = (x.astype(np.float32) for x in (q, k, v))
+  segments = np.sort(rng.integers(0, 4, (2, 128))) if segmented else None
+  slots = np.arange(128)
+
+  def kernel(q, k, v):
+    return attention.splash(
+      q, k, v, segments, window, scale=0.3, softcap=softcap, interpret=True
+    )
+
+  def equation(q, k, v):
+    seen = attention.visible(slots, slots, window, segments, segments)
+    return attention.dense(q, k, v, seen, scale=0.3, softcap=softcap)[0]
+
+  for ours, theirs in zip(jax.vjp(kernel, q, k, v), jax.vjp(equation, q, k, v)):
+    ours, theirs = (x(q) if callable(x) else (x,) for x in (ours, theirs))
+    for a, b in zip(ours, theirs):
+      assert_close(a, b)
+
+
+def test_a_kernel_gets_each_layers_window(monkeypatch):
+  """The kernels themselves need their devices: one that stands in."""
+  stored = golden("gemma3")
+  seen = []
+
+  def stand_in(q, k, v, segments, window, *, scale, softcap):
+    seen.append(window)
+    slots = jnp.arange(q.shape[1])
+    mask = attention.visible(slots, slots, window, segments, segments)
+    return attention.dense(q, k, v, mask, scale=scale, softcap=softcap)[0]
+
+  monkeypatch.setattr(attention, "splash", stand_in)
+  monkeypatch.setattr(attention, "kernel", lambda *_: "splash")
+  model = decoder(stored.net)
+  output, _ = jax.jit(
+    lambda t: model.apply(stored.params, {}, {"tokens": t}, train=False)
+  )(stored.tokens)
+  assert_close(output.logits, stored.logits)
+  assert set(seen) == {4, None}
+
+
 def test_a_tap_that_is_not_asked_for_is_not_kept():
   net = golden("llama").net
   forward = lambda taps: jax.jit(  # noqa: E731
@@ -260,20 +307,33 @@ def test_dropout_is_drawn_from_the_key_in_training_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
-def test_each_dropout_keeps_the_mean(field):
+def test_each_dropout_is_its_own(field):
   stored = golden("gpt2")
   none = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+  twice = np.tile(stored.tokens[:1], (2, 1))
 
   def run(rate):
     config = {**stored.config, **none, field: rate}
-    tokens = np.tile(stored.tokens[:1], (500, 1))
-    return training(config, stored.params, tokens, jax.random.key(0))
+    return training(config, stored.params, twice, jax.random.key(0))
 
   assert_close(run(0.0)[:1], stored.logits[:1])
-  few = run(0.02)
-  assert np.abs(few[0] - few[1]).max() > 0.01
-  # What is kept is divided by 1 - rate: the mean stays, to first order.
-  assert_close(few.mean(0), stored.logits[0], relative=3e-2)
+  first, second = run(0.2)
+  assert np.abs(first - second).max() > 0.01
+
+
+def test_what_dropout_keeps_is_divided_by_its_share():
+  key, ones = jax.random.key(0), np.ones((1, 50, 40), np.float32)
+  kept = network.dropout(key)(ones, 0.25, 0)
+  one = np.ones((1, 1, 2000, 1), np.float32)  # a head each, of one token
+  attended, p = attention.dense(
+    one, one, one, np.ones((1, 1, 1), bool), scale=1.0, dropout=(0.25, key)
+  )
+  assert (np.asarray(p) == 1).all()
+  for found in (kept, attended):
+    values, counts = np.unique(found, return_counts=True)
+    np.testing.assert_allclose(values, [0, 4 / 3], rtol=1e-6)
+    # Five deviations of 2000 draws.
+    assert abs(counts[0] - 500) < 5 * np.sqrt(2000 * 0.25 * 0.75)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""Causal attention of grouped heads: the equation, and cuDNN's fused one.
+"""Causal attention of grouped heads: the equation, and two fused kernels.
 
 A query sees the keys at or before it, in its own document, and at most
 `window` tokens back, itself included. Slots of the row count for that, not
 positions: inside one document they differ by a constant.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,32 +69,86 @@ def dense(
   return y.reshape(b, s, h, d), probability.reshape(b, h, s, -1)
 
 
-def fused(
+def cudnn(
   q: Float[Array, "b s h d"],
   k: Float[Array, "b s k d"],
   v: Float[Array, "b s k d"],
-  seen: Bool[Array, "b_or_1 s s"] | None,
+  segments: Int[Array, "b s"] | None,
+  window: int | None,
   *,
   scale: float,
 ) -> Float[Array, "b s h d"]:
-  """The same by cuDNN, which keeps no scores; plainly causal without `seen`."""
-  mask = None if seen is None else seen[:, None]
+  """The same by cuDNN, which keeps no scores."""
+  mask = None
+  if segments is not None:
+    slots = jnp.arange(q.shape[1])
+    mask = visible(slots, slots, window, segments, segments)[:, None]
   return jax.nn.dot_product_attention(
     q,
     k,
     v,
     mask=mask,
     scale=scale,
-    is_causal=seen is None,
+    is_causal=mask is None,
+    local_window_size=(window - 1, 0) if window and mask is None else None,
     implementation="cudnn",
   )
 
 
-def fuses(dtype: jnp.dtype, head_dim: int, softcap: float | None) -> bool:
-  """Whether cuDNN has this attention, on the backend that runs."""
-  half = jnp.dtype(dtype) in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
-  fits = half and head_dim % 8 == 0 and head_dim <= 128 and softcap is None
-  return fits and jax.default_backend() == "gpu"
+def splash(
+  q: Float[Array, "b s h d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k d"],
+  segments: Int[Array, "b s"] | None,
+  window: int | None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  interpret: bool = False,
+) -> Float[Array, "b s h d"]:
+  """The same by JAX's kernel for TPUs, which keeps no scores.
+
+  Args:
+    segments, window: as for `visible`; the window is a number of the program.
+    interpret: runs the kernel anywhere, slowly: for tests.
+  """
+  # Here, not above: the kernels take a second to import, and need a TPU.
+  from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+  length = q.shape[1]
+  shape = (length, length)
+  one = kernels.CausalMask(shape)
+  if window is not None:
+    one = kernels.LocalMask(shape, (window - 1, 0), offset=0)
+  side = next(n for n in (512, 256, 128) if length % n == 0)
+  parts = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")
+  sides: Any = {f"block_{part}": side for part in (*parts, "q_dq", "kv_dq")}
+  attend = kernels.make_splash_mha(
+    kernels.MultiHeadMask([one] * q.shape[2]),
+    block_sizes=kernels.BlockSizes(**sides),
+    attn_logits_soft_cap=softcap,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+  own = None if segments is None else kernels.SegmentIds(segments, segments)
+  y: Any = jax.vmap(attend)(q, k, v, own)
+  return y.swapaxes(1, 2)
+
+
+def kernel(
+  dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None
+) -> str | None:
+  """The fused attention that the backend has for these sizes, if any."""
+  backend = jax.default_backend()
+  if backend == "gpu":
+    half = jnp.dtype(dtype) in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+    fits = head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
+    return "cudnn" if half and fits and softcap is None else None
+  # A kernel is not split over a mesh by the compiler.
+  fits = length % 128 == 0 and jax.device_count() == 1
+  return "splash" if backend == "tpu" and fits else None
 
 
 def capped(x: Array, softcap: float | None) -> Array:

@@ -36,7 +36,7 @@ class Layer(NamedTuple):
   Attributes:
     weights: its own.
     number: from 0.
-    window: tokens that a query sees.
+    window: the number of its window among the distinct ones.
     rotation: the row of its angles in the tables.
     slots: kind of tap -> where it is kept, -1 = not asked for.
   """

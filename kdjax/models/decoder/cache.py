@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from kdjax.models.decoder import attention
 from kdjax.models.decoder.architecture import Architecture
 from kdjax.models.decoder.block import Layer, angles, block, embed, normalise
-from kdjax.models.decoder.network import layers
+from kdjax.models.decoder.network import layers, window_sizes
 from kdjax.types import Params
 
 
@@ -59,7 +59,8 @@ def extend(
         jax.lax.dynamic_update_slice(cache.keys, k[None], at),
         jax.lax.dynamic_update_slice(cache.values, v[None], at),
       )
-      seen = attention.visible(new, all_slots, layer.window, own, segments)
+      window = jnp.array(window_sizes(net))[layer.window]
+      seen = attention.visible(new, all_slots, window, own, segments)
       y, _ = attention.dense(
         q,
         grown.keys[layer.number],

@@ -1,5 +1,6 @@
 """The whole decoder: `decoder`, a `Model` whose layers are scanned."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,16 +158,24 @@ def layers(net: Architecture, params: Params, taps: tuple[str, ...]) -> Layer:
   asked = {kind: np.full(net.depth, -1, np.int32) for kind in LAYER_TAPS}
   for kind, numbers in _asked(net, taps).items():
     asked[kind][numbers] = np.arange(len(numbers))
-  distinct = list(dict.fromkeys(net.rotations))
   return Layer(
     weights=params["layers"],
     number=np.arange(net.depth, dtype=np.int32),
-    window=np.array([w or net.context for w in net.windows], np.int32),
-    rotation=np.array(
-      [distinct.index(r) for r in net.rotations] or [0] * net.depth, np.int32
-    ),
+    window=_numbers(net.windows),
+    rotation=_numbers(net.rotations or (None,) * net.depth),
     slots={kind: at for kind, at in asked.items() if (at >= 0).any()},
   )
+
+
+def _numbers(of: tuple[Any, ...]) -> np.ndarray:
+  """Each entry's number among the distinct ones."""
+  distinct = list(dict.fromkeys(of))
+  return np.array([distinct.index(x) for x in of], np.int32)
+
+
+def window_sizes(net: Architecture) -> tuple[int, ...]:
+  """The distinct windows; all that the context holds where there is none."""
+  return tuple(w or net.context for w in dict.fromkeys(net.windows))
 
 
 def _asked(net: Architecture, taps: tuple[str, ...]) -> dict[str, list[int]]:
@@ -213,17 +222,23 @@ def hidden(
   if positions is None:
     whole = jnp.arange(tokens.shape[1])[None]
     positions = whole if segments is None else document_positions(segments)
-  drop = _dropout(key)
+  drop = dropout(key)
   x = drop(embed(net, params, tokens, positions, dtype), net.embed_dropout, 2)
   found = {"embed": x} if "embed" in taps else {}
   turned = angles(net, positions)
   stack = layers(net, params, taps)
-  probabilities = "attention" in stack.slots
+  kernel = None
+  if "attention" not in stack.slots and not (
+    key is not None and net.attention_dropout
+  ):
+    kernel = attention.kernel(
+      dtype, tokens.shape[1], net.head_dim, net.attention_softcap
+    )
 
   def step(x: Array, layer: Layer) -> tuple[Array, dict[str, Array]]:
     own = None if key is None else jax.random.fold_in(key, layer.number)
-    attend = _attend(net, segments, own, probabilities)
-    x, taps = block(net, x, layer, turned, attend, _dropout(own))
+    attend = _attend(net, segments, own, kernel)
+    x, taps = block(net, x, layer, turned, attend, dropout(own))
     return x, {kind: _as_tap(kind, taps[kind]) for kind in layer.slots}
 
   if remat != "none":
@@ -254,36 +269,46 @@ def _attend(
   net: Architecture,
   segments: Array | None,
   key: Array | None,
-  probabilities: bool,
+  kernel: str | None,
 ) -> Attend:
-  """Attention over the row itself."""
-  windowed = any(net.windows)
-  dropped = key is not None and net.attention_dropout > 0
+  """Attention over the row itself, by a kernel or by the equation."""
+  scale, softcap = net.score_scale, net.attention_softcap
+  one_of = {
+    "cudnn": functools.partial(attention.cudnn, scale=scale),
+    "splash": functools.partial(attention.splash, scale=scale, softcap=softcap),
+  }
 
-  def attend(
+  def fused(
     q: Array, k: Array, v: Array, layer: Layer
   ) -> tuple[Array, dict[str, Array]]:
-    slots = jnp.arange(q.shape[1])
-    window = layer.window if windowed else None
+    # A kernel's window is a number of the program: one branch for each.
+    branches = [
+      functools.partial(one_of[str(kernel)], segments=segments, window=window)
+      for window in dict.fromkeys(net.windows)
+    ]
+    return jax.lax.switch(layer.window, branches, q, k, v), {}
+
+  def plain(
+    q: Array, k: Array, v: Array, layer: Layer
+  ) -> tuple[Array, dict[str, Array]]:
+    slots, window = jnp.arange(q.shape[1]), None
+    if any(net.windows):
+      window = jnp.array(window_sizes(net))[layer.window]
     seen = attention.visible(slots, slots, window, segments, segments)
-    softcap = net.attention_softcap
-    fuses = attention.fuses(q.dtype, net.head_dim, softcap)
-    if fuses and not probabilities and not dropped:
-      plain = segments is None and not windowed
-      mask = None if plain else seen
-      return attention.fused(q, k, v, mask, scale=net.score_scale), {}
     dropout = None
-    if key is not None and dropped:
+    if key is not None and net.attention_dropout:
       dropout = (net.attention_dropout, jax.random.fold_in(key, 3))
     y, p = attention.dense(
-      q, k, v, seen, scale=net.score_scale, softcap=softcap, dropout=dropout
+      q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout
     )
     return y, {"attention": p}
 
-  return attend
+  return fused if kernel else plain
 
 
-def _dropout(key: Array | None) -> Dropout:
+def dropout(key: Array | None) -> Dropout:
+  """Zeroes a share of the numbers and divides the rest by theirs."""
+
   def drop(x: Array, rate: float, stream: int) -> Array:
     if key is None or not rate:
       return x
