@@ -1,10 +1,11 @@
 """One layer of a decoder, and what comes before the first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kdjax.models.decoder import rotary
@@ -51,6 +52,43 @@ class Layer(NamedTuple):
 # (q, k, v, layer) -> (what the heads return, further taps)
 Attend = Callable[[Array, Array, Array, Layer], tuple[Array, dict[str, Array]]]
 Dropout = Callable[[Array, float, int], Array]  # (x, rate, stream)
+
+
+def layers(
+  net: Architecture, params: Params, slots: Mapping[str, Any] | None = None
+) -> Layer:
+  """All layers, stacked."""
+  return Layer(
+    weights=params["layers"],
+    number=np.arange(net.depth, dtype=np.int32),
+    window=_numbers(net.windows),
+    rotation=_numbers(net.rotations or (None,) * net.depth),
+    slots=dict(slots or {}),
+  )
+
+
+def _numbers(of: tuple[Any, ...]) -> np.ndarray:
+  """Each entry's number among the distinct ones."""
+  distinct = list(dict.fromkeys(of))
+  return np.array([distinct.index(x) for x in of], np.int32)
+
+
+def window_sizes(net: Architecture) -> tuple[int, ...]:
+  """The distinct windows; all that the context holds where there is none."""
+  return tuple(w or net.context for w in dict.fromkeys(net.windows))
+
+
+def dropout(key: Array | None) -> Dropout:
+  """Zeroes a share of the numbers and divides the rest by theirs."""
+
+  def drop(x: Array, rate: float, stream: int) -> Array:
+    if key is None or not rate:
+      return x
+    own = jax.random.fold_in(key, stream)
+    keep = jax.random.bernoulli(own, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+  return drop
 
 
 def block(

@@ -8,8 +8,15 @@ from jaxtyping import Array, Float, Int
 
 from kdjax.models.decoder import attention
 from kdjax.models.decoder.architecture import Architecture
-from kdjax.models.decoder.block import Layer, angles, block, embed, normalise
-from kdjax.models.decoder.network import layers, window_sizes
+from kdjax.models.decoder.block import (
+  Layer,
+  angles,
+  block,
+  embed,
+  layers,
+  normalise,
+  window_sizes,
+)
 from kdjax.types import Params
 
 
@@ -74,6 +81,6 @@ def extend(
     x, found = block(net, x, layer, turned, attend, lambda x, *_: x)
     return (x, Cache(*found["cache"])), None
 
-  stack = layers(net, params, ())
+  stack = layers(net, params)
   (x, cache), _ = jax.lax.scan(body, (x, cache), stack)
   return normalise(net, x, params["norm"]), cache

@@ -1,12 +1,11 @@
 """The whole decoder: `decoder`, a `Model` whose layers are scanned."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from kdjax import errors
@@ -14,19 +13,25 @@ from kdjax.models.decoder import attention, parameters
 from kdjax.models.decoder.architecture import Architecture, architecture
 from kdjax.models.decoder.block import (
   Attend,
-  Dropout,
   Layer,
   angles,
   block,
+  dropout,
   embed,
+  layers,
   normalise,
+  window_sizes,
+)
+from kdjax.models.decoder.taps import (
+  ALL_TAPS,
+  as_tap,
+  asked,
+  buffers,
+  keep,
+  slots,
+  tap_names,
 )
 from kdjax.types import Batch, LinearLogits, Model, Output, Params, Stats
-
-# Taps of each layer, from the first; then those of the whole network.
-LAYER_TAPS = ("block", "attention", "queries", "keys", "values")
-OTHER_TAPS = ("embed", "final")
-ALL_TAPS = ("*",)  # as in `adapters`
 
 # What is recomputed in the backward pass instead of kept.
 REMAT = {
@@ -153,39 +158,6 @@ def dense_head(
   return jnp.where(jnp.broadcast_to(there, logits.shape), logits, -jnp.inf)
 
 
-def layers(net: Architecture, params: Params, taps: tuple[str, ...]) -> Layer:
-  """All layers, stacked."""
-  asked = {kind: np.full(net.depth, -1, np.int32) for kind in LAYER_TAPS}
-  for kind, numbers in _asked(net, taps).items():
-    asked[kind][numbers] = np.arange(len(numbers))
-  return Layer(
-    weights=params["layers"],
-    number=np.arange(net.depth, dtype=np.int32),
-    window=_numbers(net.windows),
-    rotation=_numbers(net.rotations or (None,) * net.depth),
-    slots={kind: at for kind, at in asked.items() if (at >= 0).any()},
-  )
-
-
-def _numbers(of: tuple[Any, ...]) -> np.ndarray:
-  """Each entry's number among the distinct ones."""
-  distinct = list(dict.fromkeys(of))
-  return np.array([distinct.index(x) for x in of], np.int32)
-
-
-def window_sizes(net: Architecture) -> tuple[int, ...]:
-  """The distinct windows; all that the context holds where there is none."""
-  return tuple(w or net.context for w in dict.fromkeys(net.windows))
-
-
-def _asked(net: Architecture, taps: tuple[str, ...]) -> dict[str, list[int]]:
-  """Kind of tap -> the numbers of the layers that are asked for theirs."""
-  return {
-    kind: [n for n in range(net.depth) if f"{kind}_{n + 1}" in taps]
-    for kind in LAYER_TAPS
-  }
-
-
 def document_positions(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:
   """Positions that begin anew with each document of a row."""
   slots = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
@@ -226,7 +198,7 @@ def hidden(
   x = drop(embed(net, params, tokens, positions, dtype), net.embed_dropout, 2)
   found = {"embed": x} if "embed" in taps else {}
   turned = angles(net, positions)
-  stack = layers(net, params, taps)
+  stack = layers(net, params, slots(net, taps))
   kernel = None
   if "attention" not in stack.slots and not (
     key is not None and net.attention_dropout
@@ -239,7 +211,7 @@ def hidden(
     own = None if key is None else jax.random.fold_in(key, layer.number)
     attend = _attend(net, segments, own, kernel)
     x, taps = block(net, x, layer, turned, attend, dropout(own))
-    return x, {kind: _as_tap(kind, taps[kind]) for kind in layer.slots}
+    return x, {kind: as_tap(kind, taps[kind]) for kind in layer.slots}
 
   if remat != "none":
     policy = errors.choose("remat", remat, REMAT)
@@ -248,21 +220,16 @@ def hidden(
   def body(carry: Any, layer: Layer) -> tuple[Any, None]:
     x, kept = carry
     x, seen = step(x, layer)
-    return (x, _keep(kept, seen, layer.slots)), None
+    return (x, keep(kept, seen, layer.slots)), None
 
-  (x, kept), _ = jax.lax.scan(body, (x, _buffers(step, x, stack)), stack)
-  for kind, numbers in _asked(net, taps).items():
+  (x, kept), _ = jax.lax.scan(body, (x, buffers(step, x, stack)), stack)
+  for kind, numbers in asked(net, taps).items():
     for slot, n in enumerate(numbers):
       found[f"{kind}_{n + 1}"] = kept[kind][slot]
   x = normalise(net, x, params["norm"])
   if "final" in taps:
     found["final"] = x
   return x, found
-
-
-def tap_names(net: Architecture) -> list[str]:
-  numbers = range(1, net.depth + 1)
-  return [*OTHER_TAPS, *(f"{kind}_{n}" for kind in LAYER_TAPS for n in numbers)]
 
 
 def _attend(
@@ -295,59 +262,15 @@ def _attend(
     if any(net.windows):
       window = jnp.array(window_sizes(net))[layer.window]
     seen = attention.visible(slots, slots, window, segments, segments)
-    dropout = None
+    dropped = None
     if key is not None and net.attention_dropout:
-      dropout = (net.attention_dropout, jax.random.fold_in(key, 3))
+      dropped = (net.attention_dropout, jax.random.fold_in(key, 3))
     y, p = attention.dense(
-      q, k, v, seen, scale=scale, softcap=softcap, dropout=dropout
+      q, k, v, seen, scale=scale, softcap=softcap, dropout=dropped
     )
     return y, {"attention": p}
 
   return fused if kernel else plain
-
-
-def dropout(key: Array | None) -> Dropout:
-  """Zeroes a share of the numbers and divides the rest by theirs."""
-
-  def drop(x: Array, rate: float, stream: int) -> Array:
-    if key is None or not rate:
-      return x
-    own = jax.random.fold_in(key, stream)
-    keep = jax.random.bernoulli(own, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-  return drop
-
-
-def _as_tap(kind: str, x: Array) -> Array:
-  heads = kind in ("queries", "keys", "values")
-  return x.swapaxes(1, 2) if heads else x  # [B, heads, S, d], as everywhere
-
-
-def _buffers(
-  step: Callable[..., Any], x: Array, stack: Layer
-) -> dict[str, Array]:
-  """Room for the taps that were asked for, and for no other layer's."""
-  first = jax.tree.map(lambda a: a[0], stack)
-  _, seen = jax.eval_shape(step, x, first)
-  return {
-    kind: jnp.zeros((int(at.max()) + 1, *seen[kind].shape), seen[kind].dtype)
-    for kind, at in stack.slots.items()
-  }
-
-
-def _keep(
-  kept: dict[str, Array], seen: dict[str, Array], slots: dict[str, Array]
-) -> dict[str, Array]:
-  """Writes in place; a layer that was not asked writes back what was there."""
-
-  def write(buffer: Array, value: Array, slot: Array) -> Array:
-    at = jnp.maximum(slot, 0)
-    old = jax.lax.dynamic_index_in_dim(buffer, at, keepdims=False)
-    new = jnp.where(slot >= 0, value, old)
-    return jax.lax.dynamic_update_index_in_dim(buffer, new, at, 0)
-
-  return {kind: write(kept[kind], seen[kind], slots[kind]) for kind in kept}
 
 
 def _check_length(net: Architecture, tokens: Array) -> None:
