@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int
 
 from kdjax.errors import UserError
 from kdjax.models.decoder import Architecture
@@ -22,10 +22,13 @@ class Generated(NamedTuple):
   Attributes:
     tokens: `[B, max_new_tokens]`; `pad_token` after the one that ended a row.
     lengths: `[B]`, how many there are, the one that ended a row included.
+    log_probs: `[B, max_new_tokens]`, of each token by the model itself, at
+      temperature 1 and out of all classes; 0 after the one that ended a row.
   """
 
   tokens: Int[Array, "b n"]
   lengths: Int[Array, " b"]
+  log_probs: Float32[Array, "b n"]
 
 
 def generate(
@@ -115,24 +118,28 @@ def _generate(
   segments = jnp.pad(padded, ((0, 0), (0, max_new_tokens)), constant_values=1)
   stops = jnp.asarray(stop_tokens, jnp.int32)
 
-  def choose(x: Array, n: Array | int) -> Array:
+  def choose(x: Array, n: Array | int) -> tuple[Array, Array]:
+    """The next tokens, and their log-probabilities."""
     logits = dense_head(net, params, x[:, -1:], num_classes)[:, 0]
     if sampling is None:
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    key, temperature, top_p = sampling
-    logits = nucleus(logits / temperature, top_p)
-    drawn = jax.random.categorical(jax.random.fold_in(key, n), logits)
-    return drawn.astype(jnp.int32)
+      token = jnp.argmax(logits, axis=-1)
+    else:
+      key, temperature, top_p = sampling
+      drawn = nucleus(logits / temperature, top_p)
+      token = jax.random.categorical(jax.random.fold_in(key, n), drawn)
+    log_p = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+    return token.astype(jnp.int32), chosen
 
   def ends(token: Array) -> Array:
     return (token[:, None] == stops[None]).any(axis=1)
 
   def going(state: Any) -> Array:
-    n, _, _, _, done = state
+    n, *_, done = state
     return (n < max_new_tokens) & ~done.all()
 
   def step(state: Any) -> Any:
-    n, written, token, cache, done = state
+    n, written, log_probs, token, cache, done = state
     x, cache = extend(
       net,
       params,
@@ -142,22 +149,24 @@ def _generate(
       prompt_length + n - 1,
       segments,
     )
-    token = jnp.where(done, pad_token, choose(x, n))
+    token, log_p = choose(x, n)
+    token = jnp.where(done, pad_token, token)
     written = written.at[:, n].set(token)
-    return n + 1, written, token, cache, done | ends(token)
+    log_probs = log_probs.at[:, n].set(jnp.where(done, 0.0, log_p))
+    return n + 1, written, log_probs, token, cache, done | ends(token)
 
   cache = empty(net, rows, segments.shape[1], dtype)
   x, cache = extend(net, params, cache, prompts, positions, 0, segments)
-  token = choose(x, 0)
-  written = jnp.full((rows, max_new_tokens), pad_token, jnp.int32)
-  written = written.at[:, 0].set(token)
-  state = (jnp.int32(1), written, token, cache, ends(token))
-  _, written, *_ = jax.lax.while_loop(going, step, state)
+  token, log_p = choose(x, 0)
+  shape = (rows, max_new_tokens)
+  written = jnp.full(shape, pad_token, jnp.int32).at[:, 0].set(token)
+  log_probs = jnp.zeros(shape, jnp.float32).at[:, 0].set(log_p)
+  state = (jnp.int32(1), written, log_probs, token, cache, ends(token))
+  _, written, log_probs, *_ = jax.lax.while_loop(going, step, state)
   stopped = (written[:, :, None] == stops[None, None]).any(axis=2)
   first = jnp.argmax(stopped, axis=1) + 1
-  return Generated(
-    written, jnp.where(stopped.any(axis=1), first, max_new_tokens)
-  )
+  ended = jnp.where(stopped.any(axis=1), first, max_new_tokens)
+  return Generated(written, ended, log_probs)
 
 
 def nucleus(

@@ -108,11 +108,16 @@ def test_yarn_against_its_equation():
 
   low, high = math.floor(pair(32)), math.ceil(pair(1))
   assert 0 < low < high < 32
-  for n, frequency in enumerate(found.frequencies):
-    plain = 1e4 ** (-n / 32)
-    ramp = min(max((n - low) / (high - low), 0), 1)
-    expected = plain / 4 * ramp + plain * (1 - ramp)
-    assert frequency == pytest.approx(expected, rel=1e-5)
+  exact = rotary.rotation({**given, "truncate": False}, 64, 2048)
+  for rotation, first, last in (
+    (found, low, high),
+    (exact, pair(32), pair(1)),
+  ):
+    for n, frequency in enumerate(rotation.frequencies):
+      plain = 1e4 ** (-n / 32)
+      ramp = min(max((n - first) / (last - first), 0), 1)
+      expected = plain / 4 * ramp + plain * (1 - ramp)
+      assert frequency == pytest.approx(expected, rel=1e-5)
   assert (
     rotary.rotation({**given, "attention_factor": 1.5}, 64, 2048).scale == 1.5
   )

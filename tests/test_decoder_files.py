@@ -96,6 +96,8 @@ def test_sharded_arrays_get_their_parts(name, tmp_path, monkeypatch):
   layout = jax.tree.map(
     lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P)
   )
+  each = Mesh(np.array(jax.devices()[:3]), ("layer",))
+  layout["layers"]["down"]["kernel"] = NamedSharding(each, P("layer"))
   read, opened = [], decoders.open_tensors
 
   def watched(*arguments):
