@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdjax.errors import UserError
 from kdjax.models.decoder import architecture
+from kdjax.models.decoder.parameters import nested, shapes
 from kdjax.pretrained import decoders
 
 
@@ -124,6 +125,18 @@ def test_sharded_arrays_get_their_parts(name, tmp_path, monkeypatch):
   tensors, _ = loaded(tmp_path / "out")
   for key, tensor in stored.tensors.items():
     np.testing.assert_array_equal(tensors[key], tensor, key)
+
+
+def test_wide_arrays_come_back_whole(tmp_path):
+  """They are turned in blocks of 128."""
+  sizes = dict(hidden_size=8, intermediate_size=300, vocab_size=270)
+  net = architecture({**golden("llama").config, **sizes, "head_dim": 2})
+  rng = np.random.default_rng(0)
+  params = nested({k: rng.normal(size=s) for k, s in shapes(net).items()})
+  decoders.write(tmp_path / "out", params, net, dtype=np.float32)
+  _, again = decoders.read(tmp_path / "out")
+  same = lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32))  # noqa: E731
+  jax.tree.map(same, again, params)
 
 
 def test_names_that_vary_are_read(tmp_path):
