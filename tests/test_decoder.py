@@ -58,7 +58,11 @@ def test_equals_transformers(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["gpt2", "mistral", pytest.param("gemma3", marks=pytest.mark.slow)]
+  "name",
+  [
+    pytest.param(n, marks=slow_if(n != "gpt2"))
+    for n in ("gpt2", "mistral", "gemma3")
+  ],
 )
 def test_packed_documents_are_as_if_apart(name):
   net, params, tokens = (getattr(golden(name), f) for f in _NET)
@@ -100,6 +104,7 @@ def test_a_token_changes_what_its_window_sees_and_no_more():
   np.testing.assert_array_equal(np.flatnonzero(changed), range(4, 9))
 
 
+@pytest.mark.slow
 def test_taps_are_those_of_the_layers_that_were_asked():
   net, params, tokens = (getattr(golden("qwen3"), f) for f in _NET)
   batch = {"tokens": tokens}
@@ -109,15 +114,20 @@ def test_taps_are_those_of_the_layers_that_were_asked():
   assert set(some) == set(asked)
   for name in asked:
     assert_close(some[name], every[name], name, 1e-6)
-  assert every["values_1"].shape == (2, 2, 17, 10)  # heads before tokens
-  # The scores are those of the queries and keys.
-  q, k = every["queries_2"], np.repeat(every["keys_2"], 2, axis=1)
+
+
+def test_attention_is_of_the_queries_and_keys_that_are_tapped():
+  net, params, tokens = (getattr(golden("qwen3"), f) for f in _NET)
+  taps = compiled(net, ("*",))(params, {"tokens": tokens}).taps
+  assert len(taps) == 2 + 5 * 3
+  assert taps["values_1"].shape == (2, 2, 17, 10)  # heads before tokens
+  q, k = taps["queries_2"], np.repeat(taps["keys_2"], 2, axis=1)
   scores = np.einsum("bhqd,bhkd->bhqk", q, k) * 10**-0.5
   scores = np.where(np.tri(17, dtype=bool), scores, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
-  assert_close(weights, every["attention_2"])
-  sums = np.sum(every["attention_1"], -1)
+  assert_close(weights, taps["attention_2"])
+  sums = np.sum(taps["attention_1"], -1)
   np.testing.assert_allclose(sums, np.ones_like(sums), rtol=1e-6)
 
 
