@@ -126,7 +126,8 @@ def from_builder(builder: Any, split: str, field: str = "text") -> Documents:
     raw = value.encode() if isinstance(value, str) else value
     return _utf8(raw, where(index))
 
-  found = _digest(info.full_name, split, field, str(builder.data_path))
+  size = str(len(examples))
+  found = _digest(info.full_name, split, field, size)
   return Documents(
     _Calls(len(examples), document), info.full_name, where, found
   )

@@ -18,6 +18,7 @@ label[:, t].
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -33,6 +34,7 @@ _OPEN_ROWS = 64  # rows that first_fit fills at once
 
 # (document, first position, one past its last position)
 Piece = tuple[int, int, int]
+Row = TypeVar("Row")
 
 
 def next_token(
@@ -235,20 +237,18 @@ def first_fit(
   return [row for row in closed + held if row]
 
 
-def shuffled(
-  rows: Sequence[Sequence[Piece]], seed: int
-) -> Callable[[int], Sequence[Piece]]:
+def shuffled(rows: Sequence[Row], seed: int) -> Callable[[int], Row]:
   """Row of the endless stream -> its pieces; each epoch permutes the rows."""
 
   @functools.lru_cache(maxsize=2)
   def order(epoch: int) -> np.ndarray:
     return np.random.default_rng((_ROWS, seed, epoch)).permutation(len(rows))
 
-  def pieces(row: int) -> Sequence[Piece]:
+  def find(row: int) -> Row:
     epoch, place = divmod(row, len(rows))
     return rows[order(epoch)[place]]
 
-  return pieces
+  return find
 
 
 def local_rows(

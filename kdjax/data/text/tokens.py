@@ -8,13 +8,14 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from kdjax.data.text.chat import Spans, render
 from kdjax.data.text.documents import Document, Documents
-from kdjax.data.text.tokenizer import Encoded, Tokenizer
+from kdjax.data.text.marks import Marked, mark_text, mark_turns
+from kdjax.data.text.tokenizer import Tokenizer
 from kdjax.types import UserError
 
 _FORMAT = "1"  # of the folder; another number makes another folder
@@ -56,14 +57,6 @@ class Tokens:
     return np.maximum(np.diff(self.offsets) - 1, 0)
 
 
-class Marked(NamedTuple):
-  """One document's tokens, with what begins and ends it; as in `Tokens`."""
-
-  ids: np.ndarray
-  target: np.ndarray
-  num_bytes: np.ndarray
-
-
 def tokenize(
   documents: Documents,
   tokenizer: Tokenizer,
@@ -88,26 +81,42 @@ def tokenize(
     UserError: an empty document, nothing that is a target, a conversation
       without a chat template; and as reading the documents.
   """
-  key = "\0".join(
-    (documents.fingerprint, tokenizer.fingerprint, str(skip_empty), _FORMAT)
-  )
-  fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
-  root = pathlib.Path(folder).expanduser()
-  made = root / f"tokens-{fingerprint}"
-  if not (made / "offsets.npy").is_file():
-    write_folder(made, lambda at: _write(at, documents, tokenizer, skip_empty))
+  key = (documents.fingerprint, tokenizer.fingerprint, str(skip_empty))
+  made = folder_for(folder, "tokens", key)
+
+  def write(at: pathlib.Path) -> None:
+    with Writer(at, documents.name, tokenizer) as writer:
+      for marked in marked_documents(documents, tokenizer, skip_empty):
+        writer.append(marked)
+
+  if not made.is_dir():
+    write_folder(made, write)
+  return open_tokens(made, documents.name, tokenizer)
+
+
+def open_tokens(
+  folder: pathlib.Path, name: str, tokenizer: Tokenizer
+) -> Tokens:
+  """The arrays that a `Writer` left."""
   arrays = {
-    name: np.load(made / f"{name}.npy", mmap_mode="r")
-    for name in ("ids", "target", "num_bytes")
+    column: np.load(folder / f"{column}.npy", mmap_mode="r")
+    for column in ("ids", "target", "num_bytes")
   }
   return Tokens(
     **arrays,
-    offsets=np.load(made / "offsets.npy"),
-    name=documents.name,
+    offsets=np.load(folder / "offsets.npy"),
+    name=name,
     pad=tokenizer.pad,
-    fingerprint=fingerprint,
-    num_empty=int((made / "num_empty").read_text()),
+    fingerprint=folder.name,
+    num_empty=int((folder / "num_empty").read_text()),
   )
+
+
+def folder_for(
+  root: str | os.PathLike[str], kind: str, key: tuple[str, ...]
+) -> pathlib.Path:
+  made = hashlib.sha256("\0".join((*key, _FORMAT)).encode()).hexdigest()
+  return pathlib.Path(root).expanduser() / f"{kind}-{made[:16]}"
 
 
 def write_folder(folder: pathlib.Path, write: Any) -> None:
@@ -137,36 +146,57 @@ def write_folder(folder: pathlib.Path, write: Any) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(
-  folder: pathlib.Path,
-  documents: Documents,
-  tokenizer: Tokenizer,
-  skip_empty: bool,
-) -> None:
-  kind = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
-  kinds = {"ids": kind, "target": np.bool_, "num_bytes": np.uint32}
-  sizes, num_targets, num_empty = [0], 0, 0
-  raw = {name: (folder / f"{name}.raw").open("wb") for name in kinds}
-  for marked in _marked(documents, tokenizer, skip_empty):
+class Writer:
+  """Writes documents' tokens one after another; the arrays come last."""
+
+  def __init__(
+    self, folder: pathlib.Path, name: str, tokenizer: Tokenizer, **more: Any
+  ):
+    folder.mkdir(exist_ok=True)
+    self.folder, self.name = folder, name
+    small = tokenizer.size <= 1 << 16
+    self.kinds = {
+      "ids": np.dtype(np.uint16 if small else np.uint32),
+      "target": np.dtype(bool),
+      "num_bytes": np.dtype(np.uint32),
+      **more,
+    }
+    self.sizes, self.num_targets, self.num_empty = [0], 0, 0
+
+  def __enter__(self) -> "Writer":
+    self.raw = {
+      column: (self.folder / f"{column}.raw").open("wb")
+      for column in self.kinds
+    }
+    return self
+
+  def append(self, marked: Marked | None, **more: np.ndarray) -> None:
+    """A document's tokens and their further columns; None where it is empty."""
     if marked is None:
-      num_empty += 1
-      continue
-    sizes.append(len(marked.ids))
-    num_targets += int(marked.target[1:].sum())
-    for name, file in raw.items():
-      file.write(getattr(marked, name).astype(kinds[name]).tobytes())
-  for file in raw.values():
-    file.close()
-  if not num_targets:
-    raise UserError(
-      f"{documents.name}: none of {sum(sizes)} tokens in {len(sizes) - 1} "
-      "documents is a target of the loss, needs one at least: give texts of "
-      "two tokens or more, or conversations in which the assistant speaks"
-    )
-  for name, dtype in kinds.items():
-    _headed(folder, name, np.dtype(dtype), sum(sizes))
-  (folder / "num_empty").write_text(str(num_empty))
-  np.save(folder / "offsets.npy", np.cumsum(sizes, dtype=np.int64))
+      self.num_empty += 1
+      return
+    self.sizes.append(len(marked.ids))
+    self.num_targets += int(marked.target[1:].sum())
+    for column, file in self.raw.items():
+      values = more[column] if column in more else getattr(marked, column)
+      file.write(values.astype(self.kinds[column]).tobytes())
+
+  def __exit__(self, kind: type | None, *_: object) -> None:
+    for file in self.raw.values():
+      file.close()
+    if kind is not None:
+      return
+    if not self.num_targets:
+      raise UserError(
+        f"{self.name}: none of {sum(self.sizes)} tokens in "
+        f"{len(self.sizes) - 1} documents is a target of the loss, needs one "
+        "at least: give texts of two tokens or more, or conversations in which "
+        "the assistant speaks"
+      )
+    for column, dtype in self.kinds.items():
+      _headed(self.folder, column, dtype, sum(self.sizes))
+    (self.folder / "num_empty").write_text(str(self.num_empty))
+    np.save(self.folder / "offsets.npy", np.cumsum(self.sizes, dtype=np.int64))
 
 
 def _headed(
@@ -181,78 +211,45 @@ def _headed(
   (folder / f"{name}.raw").unlink()
 
 
-def _marked(
+def marked_documents(
   documents: Documents, tokenizer: Tokenizer, skip_empty: bool
 ) -> Iterator[Marked | None]:
   """Each document's tokens, None for an empty one that is left out."""
   for first in range(0, len(documents), _AT_ONCE):
-    texts, spans = [], []
+    rendered = []
     for index in range(first, min(first + _AT_ONCE, len(documents))):
-      document = documents.examples[index]
-      if not document:
-        if not skip_empty:
-          raise UserError(
-            f"{documents.where(index)}: the document is empty, needs text or "
-            "messages: delete it, or set skip_empty=True"
-          )
+      document, where = documents.examples[index], documents.where(index)
+      if not document and not skip_empty:
+        raise UserError(
+          f"{where}: the document is empty, needs text or messages: delete it, "
+          "or set skip_empty=True"
+        )
+      rendered.append(_rendered(document, tokenizer, where))
+    encoded = iter(tokenizer.encode([text for text, *_ in rendered if text]))
+    for text, said, words in rendered:
+      if not text:
         yield None
-        continue
-      text, said = _rendered(document, tokenizer, documents.where(index))
-      texts.append(text)
-      spans.append(said)
-    for text, said, encoded in zip(texts, spans, tokenizer.encode(texts)):
-      if said is None:
-        yield mark_text(encoded, tokenizer, len(text.encode()))
+      elif said is None:
+        yield mark_text(next(encoded), tokenizer, len(text.encode()))
       else:
-        yield mark_spans(encoded, byte_spans(text, said))
+        yield mark_turns(next(encoded), text, said, words)
 
 
 def _rendered(
   document: Document, tokenizer: Tokenizer, where: str
-) -> tuple[str, Spans | None]:
+) -> tuple[str, Spans | None, list[str]]:
+  """Its text; of a conversation the assistant's spans in it, and its words."""
   if isinstance(document, str):
-    return document, None
+    return document, None, []
+  if not document:
+    return "", None, []
   try:
-    return render(tokenizer, document)
+    text, said = render(tokenizer, document)
   except UserError as error:
     raise UserError(f"{where}: {error}") from error
-
-
-def mark_text(encoded: Encoded, tokenizer: Tokenizer, num_bytes: int) -> Marked:
-  """A text between what begins and ends it; every token of it a target."""
-  prefix = np.asarray(tokenizer.prefix, np.int32)
-  suffix = np.asarray(
-    [] if tokenizer.eos is None else [tokenizer.eos], np.int32
-  )
-  ids = np.concatenate([prefix, encoded.ids, suffix])
-  target = np.arange(len(ids)) >= len(prefix)
-  sizes = np.zeros(len(ids), np.int64)
-  inside = slice(len(prefix), len(prefix) + len(encoded.ids))
-  sizes[inside] = _new_bytes(encoded, num_bytes)
-  return Marked(ids, target, sizes)
-
-
-def mark_spans(encoded: Encoded, spans: Spans) -> Marked:
-  """Targets are the tokens that share a byte with one of the spans."""
-  target = np.zeros(len(encoded.ids), bool)
-  for start, stop in spans:
-    target |= (encoded.starts < stop) & (encoded.ends > start)
-  last = int(encoded.ends.max(initial=0))
-  return Marked(encoded.ids, target, _new_bytes(encoded, last))
-
-
-def byte_spans(text: str, spans: Spans) -> Spans:
-  """Spans of characters as spans of bytes."""
-  return [
-    (len(text[:start].encode()), len(text[:stop].encode()))
-    for start, stop in spans
+  words = [
+    str(message.get("content") or "").strip()
+    for message in document
+    if message["role"] == "assistant"
   ]
-
-
-def _new_bytes(encoded: Encoded, num_bytes: int) -> np.ndarray:
-  """Bytes that each token adds to those before it; the last takes the rest."""
-  if not len(encoded.ids):
-    return np.zeros(0, np.int64)
-  reached = np.maximum.accumulate(encoded.ends)
-  reached[-1] = num_bytes
-  return np.diff(reached, prepend=0)
+  return text, said, words
