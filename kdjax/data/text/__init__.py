@@ -1,5 +1,9 @@
 """Texts and conversations: documents, tokenizers, and the batches of tokens."""
 
+from kdjax.data.text.alignment import Pairs as Pairs
+from kdjax.data.text.alignment import align as align
+from kdjax.data.text.alignment import pair_batches as pair_batches
+from kdjax.data.text.alignment import tokenize_pair as tokenize_pair
 from kdjax.data.text.chat import render as render
 from kdjax.data.text.chat import template_text as template_text
 from kdjax.data.text.documents import Documents as Documents
@@ -18,3 +22,6 @@ from kdjax.data.text.tokenizer import from_folder as from_folder
 from kdjax.data.text.tokenizer import save as save
 from kdjax.data.text.tokens import Tokens as Tokens
 from kdjax.data.text.tokens import tokenize as tokenize
+from kdjax.data.text.vocabulary import Shared as Shared
+from kdjax.data.text.vocabulary import check_rows as check_rows
+from kdjax.data.text.vocabulary import shared_vocabulary as shared_vocabulary

@@ -77,8 +77,9 @@ def template_text(
       "conversations: put chat_template.jinja beside its tokenizer.json, or "
       "give texts"
     )
-  plain = json.loads(json.dumps(list(messages)))
-  if mark and (_OPEN in str(plain) or _CLOSE in str(plain)):
+  written = json.dumps(list(messages), ensure_ascii=False)
+  plain = json.loads(written)
+  if mark and (_OPEN in written or _CLOSE in written):
     raise UserError(
       "a message holds the noncharacter U+FDD0 or U+FDD1, which no text may: "
       "delete it"

@@ -25,6 +25,7 @@ from kdjax.types import UserError
 
 Document = str | list[dict[str, Any]]
 
+_BLOCK = 1 << 24  # bytes that are searched for lines at once
 _HOLD_OUT = 5  # first word of the generator's seed, as in `data.pipeline`
 
 
@@ -208,15 +209,17 @@ def _lines(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """First byte, end and number (from 1) of each line that is not blank."""
   found, at = [], 0
   with path.open("rb") as file:
-    while block := file.read(1 << 24):
+    while block := file.read(_BLOCK):
       newlines = np.flatnonzero(np.frombuffer(block, np.uint8) == 10)
       found.append(newlines + at)
       at += len(block)
   breaks = np.concatenate([*found, [at]]).astype(np.int64)
   starts = np.concatenate([[0], breaks[:-1] + 1])
   numbers = np.arange(1, len(starts) + 1)
-  # A blank line, which may end in CR LF, is shorter than any JSON object.
-  full = breaks - starts > 1
+  full = breaks > starts
+  contents = _mapped(path)
+  for n in np.flatnonzero(breaks - starts == 1):
+    full[n] = contents[starts[n]] != ord("\r")  # of CR LF
   return starts[full], breaks[full], numbers[full]
 
 
