@@ -207,14 +207,15 @@ def sources(
   """
   top = pathlib.Path(root or sysconfig.get_path("stdlib"))
   found = {}
-  for path in top.rglob("*.py"):
-    inside = path.relative_to(top)
-    left_out = _LEFT_OUT.intersection(inside.parts[:-1])
-    if left_out or path.name.startswith("_sysconfigdata"):
-      continue
-    contents = path.read_bytes()
-    if contents and _is_utf8(contents):
-      found[inside.as_posix()] = contents
+  for folder, below, files in os.walk(top):
+    below[:] = sorted(set(below) - _LEFT_OUT)
+    for name in sorted(files):
+      if not name.endswith(".py") or name.startswith("_sysconfigdata"):
+        continue
+      path = pathlib.Path(folder, name)
+      contents = path.read_bytes()
+      if contents and _is_utf8(contents):
+        found[path.relative_to(top).as_posix()] = contents
   size = sum(map(len, found.values()))
   if root is None and size < _MIN_BYTES:
     raise UserError(
