@@ -305,8 +305,10 @@ def _spans_of(pairs: Pairs, document: int) -> _Spans:
     numbers = np.arange(kept.max(initial=-1) + 1)
     first = np.searchsorted(kept, numbers, side="left")
     last = np.searchsorted(kept, numbers, side="right") - 1
-    all_target = [target[a : b + 1].all() for a, b in zip(first, last)]
-    found.append((first, last, np.asarray(all_target, bool)))
+    of_span = np.zeros(0, bool)
+    if len(first):
+      of_span = np.logical_and.reduceat(target[: len(kept)], first)
+    found.append((first, last, of_span))
   (first, last, ours), (their_first, their_last, theirs) = found
   target = ours & theirs
   target[:1] = False  # a document's first token is predicted from nothing

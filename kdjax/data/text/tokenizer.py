@@ -241,8 +241,12 @@ def _wrap(
   sizes = _byte_sizes(made, vocabulary)
 
   def encode(texts: Sequence[str]) -> list[Encoded]:
-    encoded = made.encode_batch(list(texts), add_special_tokens=False)
-    return [_with_bytes(t, e, sizes) for t, e in zip(texts, encoded)]
+    if sizes is None:
+      encoded = made.encode_batch(list(texts), add_special_tokens=False)
+      return [_by_characters(t, e) for t, e in zip(texts, encoded)]
+    # The library need not follow characters where tokens say their bytes.
+    encoded = made.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [_by_bytes(made, t, e, sizes) for t, e in zip(texts, encoded)]
 
   return Tokenizer(
     name=name,
@@ -280,16 +284,22 @@ def _prefix(made: tokenizers.Tokenizer) -> tuple[int, ...]:
   return ()
 
 
-def _with_bytes(
-  text: str, encoding: tokenizers.Encoding, sizes: np.ndarray | None
+def _by_bytes(
+  made: tokenizers.Tokenizer,
+  text: str,
+  encoding: tokenizers.Encoding,
+  sizes: np.ndarray,
 ) -> Encoded:
   ids = np.asarray(encoding.ids, np.int32)
-  if sizes is not None:
-    ends = np.cumsum(sizes[ids])
-    # A normalizer may have changed the text: then bytes of tokens are not its.
-    if (ends[-1] if len(ends) else 0) == len(text.encode()):
-      return Encoded(ids, ends - sizes[ids], ends)
-  # `tokenizers` counts characters; [n + 1] is the byte at which each begins.
+  ends = np.cumsum(sizes[ids])
+  if (ends[-1] if len(ends) else 0) == len(text.encode()):
+    return Encoded(ids, ends - sizes[ids], ends)
+  # A normalizer has changed the text: these are not its bytes.
+  return _by_characters(text, made.encode(text, add_special_tokens=False))
+
+
+def _by_characters(text: str, encoding: tokenizers.Encoding) -> Encoded:
+  ids = np.asarray(encoding.ids, np.int32)
   offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
   if text.isascii():
     return Encoded(ids, offsets[:, 0], offsets[:, 1])
