@@ -161,6 +161,9 @@ def test_both_sides_of_a_row_predict_the_same_text_in_each_span(
     seen += "".join(ours.values())
     for b, mask in enumerate(batch["span_mask"]):
       count = batch["span"][b].max() + 1
+      for prefix in ("", "teacher_"):
+        numbers = np.unique(batch[prefix + "span"][b])
+        assert numbers[numbers >= 0].tolist() == list(range(count))
       np.testing.assert_array_equal(mask, np.arange(40) < count)
     # What is predicted in a span counts, on both sides.
     for prefix in ("", "teacher_"):
@@ -187,12 +190,13 @@ def test_every_byte_is_in_one_span_and_the_end_in_one_of_its_own(tmp_path):
 def test_every_prediction_of_the_student_counts_once_however_it_is_cut(
   tmp_path,
 ):
-  pairs = pairs_of(tmp_path, bpe(290), bpe(330))
+  pairs = pairs_of(tmp_path, byte_level(), bpe(330))
+  student = pairs.student.tokens
   want = sorted(
     label
     for n in range(len(TEXTS))
-    for label in pairs.student.ids[
-      pairs.student.offsets[n] + 1 : pairs.student.offsets[n + 1]
+    for label in student.ids[
+      student.offsets[n] + 1 : student.offsets[n + 1]
     ].tolist()
   )
   for lengths in ((25, 25), (100, 100)):
@@ -208,7 +212,7 @@ def test_a_later_piece_begins_with_the_span_that_ended_the_one_before(tmp_path):
   assert len(pieces) > 3
   for piece in pieces:
     read = []
-    sides = (pairs.student, student), (pairs.teacher, teacher)
+    sides = (pairs.student.tokens, student), (pairs.teacher.tokens, teacher)
     for side, (tokens, tokenizer) in enumerate(sides):
       start, stop = piece.starts[side], piece.stops[side]
       assert stop - start <= (20, 40)[side]
@@ -286,16 +290,26 @@ def test_conversations_align_within_the_words_under_different_templates(
   assert "more" not in joined
 
 
-def test_a_token_that_reaches_beyond_the_words_is_in_no_span(tmp_path):
-  glued = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-  # The student's words begin within the token " print".
-  turns = [{"role": "assistant", "content": "print(i)"}]
-  student = dataclasses.replace(bpe(330), chat_template=glued)
-  teacher = dataclasses.replace(byte_level(), chat_template=glued)
-  assert any("Ġprint" in token for token in student.vocabulary)
-  pairs = pairs_of(tmp_path, student, teacher, [turns])
-  found = spans_in(row_spans(pairs, (90, 90)), student)
-  assert "".join(found.values()) == "(i)"
+@pytest.mark.parametrize("glued", ["student", "teacher"])
+def test_a_token_that_reaches_beyond_the_words_is_in_no_span(tmp_path, glued):
+  marks = "{% for m in messages %}{% if not loop.first %}SEP{% endif %}"
+  marks += "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+  # A space before the words, which one token takes with the first of them;
+  # the other template writes nothing there.
+  one = dataclasses.replace(bpe(330), chat_template=marks.replace("SEP", " "))
+  other = dataclasses.replace(
+    byte_level(), chat_template=marks.replace("SEP", "")
+  )
+  turns = [
+    {"role": "assistant", "content": content} for content in ("?!", "print(i)")
+  ]
+  assert any(token.startswith("Ġpr") for token in one.vocabulary)
+  sides = (one, other) if glued == "student" else (other, one)
+  pairs = pairs_of(tmp_path, *sides, [turns])
+  batch = row_spans(pairs, (90, 90))
+  found = "".join(spans_in(batch, sides[0]).values())
+  assert found == "".join(spans_in(batch, sides[1], "teacher_").values())
+  assert found == "!(i)"
 
 
 def test_rows_that_no_span_fits_into_are_refused(tmp_path):

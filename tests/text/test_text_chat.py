@@ -103,6 +103,9 @@ def test_special_tokens_and_filters_reach_the_template():
   end = "<|endoftext|>"
   want = '{"role": "user", "content": "naïve 🎉?"}'
   assert rendered == f"{end}|{end}|{want}|21"
+  # A tag takes its line's indentation and end with it.
+  lines = "a\n  {% if true %}\nb\n  {% endif %}\nc"
+  assert text.template_text(using(lines), TURNS) == "a\nb\nc"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from kdjax.data import text
-from kdjax.data.text.tokenizer import byte_level
+from kdjax.data.text.tokenizer import byte_level, wrap
+from kdjax.data.text.tokens import write_folder
 from kdjax.types import UserError
 
 TEXTS = ["naïve 🎉\n", "b" * 100, "c", " d "]
@@ -188,6 +191,31 @@ def test_tokens_stand_between_begin_and_end_and_count_the_texts_bytes(tmp_path):
     ]
     assert not tokens.target[inside][0]
     assert tokens.target[inside][1:].all()
+
+
+def test_bytes_that_no_token_holds_count_with_the_next_or_the_last(tmp_path):
+  made = tokenizers.Tokenizer(
+    models.WordLevel({"naïve": 0, "b": 1}, unk_token="b")
+  )
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  tokens = text.tokenize(
+    text.from_list([" naïve  b \n"]), wrap("words", made), folder=tmp_path
+  )
+  assert tokens.ids.tolist() == [0, 1]
+  assert tokens.num_bytes.tolist() == [7, 5]
+
+
+def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path):
+  def first(at):
+    (at / "file").write_text("first")
+
+  def second(at):
+    (at / "file").write_text("second")
+    write_folder(tmp_path / "made", first)  # another process, meanwhile
+
+  write_folder(tmp_path / "made", second)
+  assert [p.name for p in tmp_path.iterdir()] == ["made"]
+  assert (tmp_path / "made" / "file").read_text() == "first"
 
 
 def test_tokens_are_made_once_and_anew_when_anything_changes(tmp_path):

@@ -199,7 +199,9 @@ def test_whole_documents_are_never_cut_and_long_ones_keep_their_beginning():
 
 def test_a_document_whose_targets_are_all_cut_off_is_left_out():
   target = np.zeros(10, bool)
-  target[[4, 6]] = True  # the last of document 0, the second of document 1
+  # The first of document 0, which nothing predicts, and its last; the second
+  # of document 1.
+  target[[0, 4, 6]] = True
   tokens = store((5, 5), target=target)
   (batch,) = evaluate(tokens, sequence_length=3, batch_size=1, cut=False)
   assert predictions([batch]) == [(101, 102)]

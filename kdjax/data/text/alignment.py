@@ -9,7 +9,6 @@ the same text when a span begins, so they can be compared there, and on the
 span as a whole. Everything here runs on the host.
 """
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -50,13 +49,7 @@ def align(student: _Ranges, teacher: _Ranges) -> tuple[np.ndarray, np.ndarray]:
 def _boundaries(encoded: _Ranges) -> np.ndarray:
   """The byte after each token behind which there is a boundary."""
   reached = np.maximum.accumulate(encoded.ends)
-  return reached[reached <= _next_start(encoded)]
-
-
-def _next_start(encoded: _Ranges) -> np.ndarray:
-  """The least start of the tokens after each."""
-  starts = np.append(encoded.starts[1:], np.iinfo(np.int64).max)
-  return np.minimum.accumulate(starts[::-1])[::-1]
+  return reached[reached <= np.append(encoded.starts[1:], reached[-1:])]
 
 
 def _spans(encoded: _Ranges, common: np.ndarray) -> np.ndarray:
@@ -67,20 +60,25 @@ def _spans(encoded: _Ranges, common: np.ndarray) -> np.ndarray:
   return np.where(spans < len(common), spans, -1).astype(np.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-  """The same documents in two tokenizations.
+class Side(NamedTuple):
+  """One tokenization of documents that are in two.
 
   Attributes:
-    student, teacher: the tokens of either side; document n is the same text.
-    student_spans, teacher_spans: int32 [total], the span of each token within
-      its document; -1 for none.
+    tokens: as for one tokenizer.
+    spans: int32 [total], the span of each token within its document, -1 = none.
+    shared: bool [total], whether the other side has what the token stands for.
   """
 
-  student: Tokens
-  teacher: Tokens
-  student_spans: np.ndarray
-  teacher_spans: np.ndarray
+  tokens: Tokens
+  spans: np.ndarray
+  shared: np.ndarray
+
+
+class Pairs(NamedTuple):
+  """The same documents by two tokenizers; document n is the same text."""
+
+  student: Side
+  teacher: Side
 
 
 def tokenize_pair(
@@ -109,49 +107,48 @@ def tokenize_pair(
   sides = (("student", student), ("teacher", teacher))
 
   def write(at: pathlib.Path) -> None:
+    marked = (
+      tokenizing.marked_documents(documents, tokenizer, skip_empty)
+      for _, tokenizer in sides
+    )
+    more = {"span": np.dtype(np.int32), "shared": np.dtype(bool)}
     ours, theirs = (
-      tokenizing.Writer(
-        at / side, documents.name, tokenizer, span=np.dtype(np.int32)
-      )
+      tokenizing.Writer(at / side, documents.name, tokenizer, **more)
       for side, tokenizer in sides
     )
     with ours, theirs:
-      for a, b in zip(
-        *(
-          tokenizing.marked_documents(documents, tokenizer, skip_empty)
-          for _, tokenizer in sides
-        )
-      ):
+      for a, b in zip(*marked):
         if a is None or b is None:
           ours.append(None)
           theirs.append(None)
-          continue
-        spans = align(a, b)
-        ours.append(a, span=spans[0])
-        theirs.append(b, span=spans[1])
+        else:
+          spans = align(a, b)
+          ours.append(a, span=spans[0])
+          theirs.append(b, span=spans[1])
+
+  def side(name: str, tokenizer: Tokenizer) -> Side:
+    tokens = tokenizing.open_tokens(made / name, documents.name, tokenizer)
+    spans, shared = (
+      np.load(made / name / f"{column}.npy", mmap_mode="r")
+      for column in ("span", "shared")
+    )
+    return Side(tokens, spans, shared)
 
   if not made.is_dir():
     tokenizing.write_folder(made, write)
-  ours, theirs = (
-    tokenizing.open_tokens(made / side, documents.name, tokenizer)
-    for side, tokenizer in sides
-  )
-  spans = [
-    np.load(made / side / "span.npy", mmap_mode="r") for side, _ in sides
-  ]
-  return Pairs(ours, theirs, *spans)
+  return Pairs(*(side(*named) for named in sides))
 
 
 class _Spans(NamedTuple):
   """One document's spans: [K] each.
 
   first, last: the token with which each begins and ends, on both sides [2, K].
-  target: whether all tokens of it are targets, on both sides.
+  counts: whether all tokens of it, on both sides, stand for what both have.
   """
 
   first: np.ndarray
   last: np.ndarray
-  target: np.ndarray
+  counts: np.ndarray
 
 
 class _Piece(NamedTuple):
@@ -216,7 +213,7 @@ def fill(
 ) -> dict[str, np.ndarray]:
   """The arrays of rows given as pieces; see `pair_batches`."""
   batch = {}
-  sides = (("", pairs.student), ("teacher_", pairs.teacher))
+  sides = (("", pairs.student.tokens), ("teacher_", pairs.teacher.tokens))
   for side, (prefix, tokens) in enumerate(sides):
     pieces = [
       [(p.document, p.starts[side], p.stops[side]) for p in row] for row in rows
@@ -230,7 +227,7 @@ def fill(
     for document, starts, stops, read in row:
       spans = _spans_of(pairs, document)
       # The spans that count, numbered on from those of the row so far.
-      number = np.cumsum(spans.target) - 1
+      number = np.cumsum(spans.counts) - 1
       number = number - (number[read] + 1 - count)
       last = np.searchsorted(spans.last[0], stops[0])
       for side, (prefix, _) in enumerate(sides):
@@ -239,8 +236,8 @@ def fill(
           spans.last[side], np.arange(start + 1, stop + 1)
         )
         place = b, slice(at[side], at[side] + stop - start)
-        counts = spans.target[label] & (label > read)
-        batch[prefix + "span"][place] = np.where(counts, number[label], -1)
+        inside = spans.counts[label] & (label > read)
+        batch[prefix + "span"][place] = np.where(inside, number[label], -1)
         if start > 0:  # the piece before has predicted these
           batch[prefix + "mask"][place][label <= read] = 0
         at[side] += stop - start
@@ -254,13 +251,13 @@ def _rows(
 ) -> list[list[_Piece]]:
   pieces = [
     piece
-    for document in range(len(pairs.student))
+    for document in range(len(pairs.student.tokens))
     for piece in _pieces(_spans_of(pairs, document), document, lengths)
   ]
   if not pieces:
     raise UserError(
-      f"{pairs.student.name}: no span that both tokenizers share fits into "
-      f"rows of {lengths[0]} and {lengths[1]} tokens, needs one at least: "
+      f"{pairs.student.tokens.name}: no span that both tokenizers share fits "
+      f"into rows of {lengths[0]} and {lengths[1]} tokens, needs one at least: "
       "raise them, or check that both write the assistant's words unchanged"
     )
   sizes = np.array([np.subtract(piece.stops, piece.starts) for piece in pieces])
@@ -273,7 +270,7 @@ def _rows(
 def _pieces(
   spans: _Spans, document: int, lengths: tuple[int, int]
 ) -> Iterator[_Piece]:
-  read, count = 0, len(spans.target)
+  read, count = 0, len(spans.counts)
   while read < count - 1:
     # The last span whose end is within reach of the first token read.
     last = min(
@@ -283,7 +280,7 @@ def _pieces(
     if last <= read:
       read += 1  # no row holds it and the next
       continue
-    if spans.target[read + 1 : last + 1].any():
+    if spans.counts[read + 1 : last + 1].any():
       (a, b), (c, d) = (
         spans.first[:, read].tolist(),
         spans.last[:, last].tolist(),
@@ -293,25 +290,14 @@ def _pieces(
 
 
 def _spans_of(pairs: Pairs, document: int) -> _Spans:
-  sides = (
-    (pairs.student, pairs.student_spans),
-    (pairs.teacher, pairs.teacher_spans),
-  )
-  found = []
-  for tokens, all_spans in sides:
+  firsts, lasts, counts = [], [], True
+  for tokens, spans, shared in pairs:
     where = slice(*tokens.offsets[document : document + 2])
-    spans, target = all_spans[where], tokens.target[where]
-    kept = spans[spans >= 0]
+    kept = spans[where][spans[where] >= 0]  # those that are none come last
     numbers = np.arange(kept.max(initial=-1) + 1)
     first = np.searchsorted(kept, numbers, side="left")
-    last = np.searchsorted(kept, numbers, side="right") - 1
-    of_span = np.zeros(0, bool)
-    if len(first):
-      of_span = np.logical_and.reduceat(target[: len(kept)], first)
-    found.append((first, last, of_span))
-  (first, last, ours), (their_first, their_last, theirs) = found
-  target = ours & theirs
-  target[:1] = False  # a document's first token is predicted from nothing
-  return _Spans(
-    np.stack([first, their_first]), np.stack([last, their_last]), target
-  )
+    firsts.append(first)
+    lasts.append(np.searchsorted(kept, numbers, side="right") - 1)
+    every = np.logical_and.reduceat(shared[where][: len(kept)], first)
+    counts = counts & every
+  return _Spans(np.stack(firsts), np.stack(lasts), np.asarray(counts))

@@ -1,6 +1,6 @@
 """What a document's tokens are for: which are targets, which bytes they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ class Marked(NamedTuple):
     num_bytes: int [n], as in `Tokens`.
     starts, ends: int [n], the bytes that each stands for, on a scale that two
       tokenizers share: of a text its bytes, what ends it being one more.
+    shared: bool [n], whether it is a target on that scale, and no part of what
+      one tokenizer's template alone writes.
   """
 
   ids: np.ndarray
@@ -25,6 +27,12 @@ class Marked(NamedTuple):
   num_bytes: np.ndarray
   starts: np.ndarray
   ends: np.ndarray
+  shared: np.ndarray
+
+
+# Parts of a conversation's text: what the template writes around a turn, the
+# words of the turn, and what the assistant says after them to end it.
+_OUTSIDE, _WORDS, _CLOSING = range(3)
 
 
 def mark_text(encoded: Encoded, tokenizer: Tokenizer, num_bytes: int) -> Marked:
@@ -32,16 +40,16 @@ def mark_text(encoded: Encoded, tokenizer: Tokenizer, num_bytes: int) -> Marked:
   prefix = np.asarray(tokenizer.prefix, np.int32)
   last = [] if tokenizer.eos is None else [tokenizer.eos]
   before, after = np.zeros(len(prefix), int), np.full(len(last), num_bytes, int)
+  target = np.repeat([False, True], [len(prefix), len(encoded.ids) + len(last)])
   return Marked(
     ids=np.concatenate([prefix, encoded.ids, np.asarray(last, np.int32)]),
-    target=np.repeat(
-      [False, True], [len(prefix), len(encoded.ids) + len(last)]
-    ),
+    target=target,
     num_bytes=np.concatenate(
       [before, _new_bytes(encoded, num_bytes), np.zeros(len(last), int)]
     ),
     starts=np.concatenate([before, encoded.starts, after]),
     ends=np.concatenate([before, encoded.ends, after + 1]),
+    shared=target,
   )
 
 
@@ -65,42 +73,41 @@ def mark_turns(
   target = np.zeros(len(encoded.ids), bool)
   for start, stop in said:
     target |= (encoded.starts < at(stop)) & (encoded.ends > at(start))
-  starts, ends = _on_common_scale(encoded, text, said, words)
+  regions = np.array([*_regions(text, said, words)])
+  kinds, firsts, stops, places = regions.T
+  last = len(regions) - 1
+  i = np.minimum(np.searchsorted(stops, encoded.starts, side="right"), last)
+  j = np.minimum(np.searchsorted(stops, encoded.ends, side="left"), last)
+  starts = np.where(kinds[i] == _WORDS, encoded.starts - firsts[i], 0)
+  ends = np.where(kinds[j] == _WORDS, encoded.ends - firsts[j], 1)
   return Marked(
-    encoded.ids, target, _new_bytes(encoded, len(text.encode())), starts, ends
+    encoded.ids,
+    target,
+    _new_bytes(encoded, len(text.encode())),
+    places[i] + starts,
+    places[j] + ends,
+    shared=target & (kinds[i] != _OUTSIDE) & (kinds[j] != _OUTSIDE),
   )
 
 
-def _on_common_scale(
-  encoded: Encoded, text: str, said: Spans, words: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def _regions(
+  text: str, said: Spans, words: Sequence[str]
+) -> Iterator[tuple[int, int, int, int]]:
+  """Kind, first byte, end, and place on the scale, of each part of the text."""
   at = _byte_of(text)
-  stops, firsts, scale, lengths = [], [], [], []  # of regions of the text
   byte = place = 0
-
-  def region(stop: int, length: int, unit: bool) -> None:
-    nonlocal byte, place
-    stops.append(stop)
-    firsts.append(byte)
-    scale.append(place)
-    lengths.append(1 if unit else 0)
-    byte, place = stop, place + length
-
   for spoken, (start, stop) in zip(words, said):
     found = text.find(spoken, start, stop)
     # Words that the template changed still take their place on the scale.
     first, last = (found, found + len(spoken)) if found >= 0 else (stop, stop)
-    region(at(first), 1, True)
-    region(at(last), len(spoken.encode()), False)
-    region(at(stop), 1, True)
-  region(len(text.encode()), 1, True)
-  first, base, unit = (np.asarray(x) for x in (firsts, scale, lengths))
-  last = len(stops) - 1
-  i = np.minimum(np.searchsorted(stops, encoded.starts, side="right"), last)
-  j = np.minimum(np.searchsorted(stops, encoded.ends, side="left"), last)
-  starts = base[i] + np.where(unit[i], 0, encoded.starts - first[i])
-  ends = base[j] + np.where(unit[j], 1, encoded.ends - first[j])
-  return starts, ends
+    for kind, end, length in (
+      (_OUTSIDE, at(first), 1),
+      (_WORDS, at(last), len(spoken.encode())),
+      (_CLOSING, at(stop), 1),
+    ):
+      yield kind, byte, end, place
+      byte, place = end, place + length
+  yield _OUTSIDE, byte, len(text.encode()), place
 
 
 def _byte_of(text: str) -> Callable[[int], int]:

@@ -133,14 +133,13 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
       f"{folder} holds no tokenizer.json, needs one: write it with "
       f"`transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)`"
     )
-  described = _json(folder / "tokenizer.json", files["tokenizer.json"])
+  _json(folder / "tokenizer.json", files["tokenizer.json"])
   config: dict[str, Any] = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if name in files:
       config |= _json(folder / name, files[name])
-  described["post_processor"] = _untrimmed(described.get("post_processor"))
   try:
-    made = tokenizers.Tokenizer.from_str(json.dumps(described))
+    made = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
   except Exception as error:  # the library raises nothing narrower
     raise UserError(
       f"{folder / 'tokenizer.json'} is no tokenizer that `tokenizers` "
@@ -337,16 +336,6 @@ def _letters() -> list[str]:
   letters = {byte: chr(byte) for byte in printable}
   letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
   return [letters[byte] for byte in range(256)]
-
-
-def _untrimmed(described: Any) -> Any:
-  """The same description, whose offsets keep the spaces that a token holds."""
-  if isinstance(described, list):
-    return [_untrimmed(value) for value in described]
-  if isinstance(described, dict):
-    kept = {key: _untrimmed(value) for key, value in described.items()}
-    return kept | ({"trim_offsets": False} if "trim_offsets" in kept else {})
-  return described
 
 
 def _text(path: pathlib.Path) -> str:
