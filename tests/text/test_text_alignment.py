@@ -8,7 +8,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from kdjax.data import text
 from kdjax.data.text import alignment, corpus
-from kdjax.data.text.tokenizer import Encoded, byte_level, wrap
+from kdjax.data.text import pairs as pairing
+from kdjax.data.text.offsets import Encoded
+from kdjax.data.text.tokenizer import byte_level, wrap
 from kdjax.types import UserError
 
 TEXTS = [
@@ -172,8 +174,8 @@ def test_both_sides_of_a_row_predict_the_same_text_in_each_span(
 
 
 def row_spans(pairs, lengths):
-  rows = alignment._rows(pairs, lengths, 0)
-  return alignment.fill(pairs, rows, lengths)
+  rows = pairing._rows(pairs, lengths, 0)
+  return pairing.fill(pairs, rows, lengths)
 
 
 def test_every_byte_is_in_one_span_and_the_end_in_one_of_its_own(tmp_path):
@@ -208,7 +210,7 @@ def test_a_later_piece_begins_with_the_span_that_ended_the_one_before(tmp_path):
   student, teacher = bpe(290), byte_level()
   long = TEXTS[3]
   pairs = pairs_of(tmp_path, student, teacher, [long])
-  pieces = list(alignment._pieces(alignment._spans_of(pairs, 0), 0, (20, 40)))
+  pieces = list(pairing._pieces(pairing._spans_of(pairs, 0), 0, (20, 40)))
   assert len(pieces) > 3
   for piece in pieces:
     read = []
@@ -315,7 +317,7 @@ def test_a_token_that_reaches_beyond_the_words_is_in_no_span(tmp_path, glued):
 def test_rows_that_no_span_fits_into_are_refused(tmp_path):
   pairs = pairs_of(tmp_path, byte_level(), byte_level(), ["abc"])
   with pytest.raises(UserError, match="no span that both tokenizers share"):
-    alignment._rows(
+    pairing._rows(
       pairs_of(tmp_path, byte_level(), words(), ["unbelievable story"]),
       (3, 3),
       0,

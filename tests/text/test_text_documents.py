@@ -43,7 +43,7 @@ def test_lines_are_found_across_the_blocks_in_which_a_file_is_read(
 ):
   path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in TEXTS * 9])
   want = list(text.read(path).examples)
-  from kdjax.data.text import documents as module
+  from kdjax.data.text import files as module
 
   monkeypatch.setattr(module, "_BLOCK", 7)
   assert list(text.read(path).examples) == want == TEXTS * 9
@@ -106,7 +106,7 @@ def test_tfds_texts_are_read(tmp_path):
     )
   builder = made(data_dir=tmp_path, file_format="array_record")
   builder.download_and_prepare()
-  from kdjax.data.text.documents import from_builder
+  from kdjax.data.text.files import from_builder
 
   documents = from_builder(builder, "train[1:]", "body")
   assert list(documents.examples) == TEXTS[1:]

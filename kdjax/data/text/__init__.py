@@ -2,20 +2,20 @@
 
 from kdjax.data.text.alignment import Pairs as Pairs
 from kdjax.data.text.alignment import align as align
-from kdjax.data.text.alignment import pair_batches as pair_batches
 from kdjax.data.text.alignment import tokenize_pair as tokenize_pair
 from kdjax.data.text.chat import render as render
 from kdjax.data.text.chat import template_text as template_text
 from kdjax.data.text.documents import Documents as Documents
 from kdjax.data.text.documents import from_list as from_list
-from kdjax.data.text.documents import from_tfds as from_tfds
 from kdjax.data.text.documents import hold_out as hold_out
-from kdjax.data.text.documents import read as read
+from kdjax.data.text.files import from_tfds as from_tfds
+from kdjax.data.text.files import read as read
 from kdjax.data.text.packing import check_length as check_length
 from kdjax.data.text.packing import eval_batches as eval_batches
 from kdjax.data.text.packing import next_token as next_token
 from kdjax.data.text.packing import num_shortened as num_shortened
 from kdjax.data.text.packing import train_batches as train_batches
+from kdjax.data.text.pairs import pair_batches as pair_batches
 from kdjax.data.text.tokenizer import Tokenizer as Tokenizer
 from kdjax.data.text.tokenizer import byte_level as byte_level
 from kdjax.data.text.tokenizer import from_folder as from_folder

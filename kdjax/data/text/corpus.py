@@ -25,7 +25,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from kdjax.data import digits, named
 from kdjax.data.text import tokenizer as tokenizing
-from kdjax.data.text.documents import Documents, from_builder
+from kdjax.data.text.documents import Documents
+from kdjax.data.text.files import from_builder
 from kdjax.data.text.tokenizer import SPECIALS, Tokenizer
 from kdjax.data.text.tokens import write_folder
 from kdjax.types import UserError

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kdjax.data.text.chat import Spans
-from kdjax.data.text.tokenizer import Encoded, Tokenizer
+from kdjax.data.text.offsets import Encoded
+from kdjax.data.text.tokenizer import Tokenizer
 
 
 class Marked(NamedTuple):

@@ -13,15 +13,22 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kdjax.data.text.offsets import (
+  Encoded,
+  by_bytes,
+  by_characters,
+  byte_sizes,
+  letters,
+)
 from kdjax.types import UserError
 
-END, PAD, TURN, TURN_END = SPECIALS = (
+END, PAD, *_ = SPECIALS = (
   "<|endoftext|>",
   "<|pad|>",
   "<|im_start|>",
@@ -37,24 +44,6 @@ CHATML = (
   "{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-class Encoded(NamedTuple):
-  """The tokens of one text; token i stands for bytes starts[i] .. ends[i] - 1.
-
-  Bytes are those of the text in UTF-8. A token that is part of a character has
-  its own bytes where the tokenizer is byte-level, the whole character's
-  elsewhere, so that neighbours may overlap.
-
-  Attributes:
-    ids: int32 [n].
-    starts: int64 [n].
-    ends: int64 [n].
-  """
-
-  ids: np.ndarray
-  starts: np.ndarray
-  ends: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +140,7 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
 
 def byte_level() -> Tokenizer:
   """One token a byte, 0 .. 255, and `SPECIALS` from 256 on; offsets exact."""
-  letters = _letters()
-  vocabulary = {letters[byte]: byte for byte in range(256)}
+  vocabulary = {letter: byte for byte, letter in enumerate(letters())}
   vocabulary |= {token: 256 + n for n, token in enumerate(SPECIALS)}
   made = build(models.BPE(vocab=vocabulary, merges=[]))
   ids = {token: np.int32(vocabulary[token]) for token in SPECIALS}
@@ -190,16 +178,11 @@ def build(model: Any) -> tokenizers.Tokenizer:
   )
   made.decoder = decoders.ByteLevel()  # pyright: ignore
   made.add_special_tokens(list(SPECIALS))
-  begins_with_end(made)
-  return made
-
-
-def begins_with_end(made: tokenizers.Tokenizer) -> None:
   number = made.token_to_id(END)
-  if number is not None:
-    made.post_processor = processors.TemplateProcessing(  # pyright: ignore
-      single=f"{END} $A", special_tokens=[(END, number)]
-    )
+  made.post_processor = processors.TemplateProcessing(  # pyright: ignore
+    single=f"{END} $A", special_tokens=[(END, number)]
+  )
+  return made
 
 
 def wrap(name: str, made: tokenizers.Tokenizer) -> Tokenizer:
@@ -237,15 +220,15 @@ def _wrap(
   }
   eos = vocabulary.get(specials.get("eos_token", ""))
   pad = vocabulary.get(specials.get("pad_token", ""), eos)
-  sizes = _byte_sizes(made, vocabulary)
+  sizes = byte_sizes(made, vocabulary)
 
   def encode(texts: Sequence[str]) -> list[Encoded]:
     if sizes is None:
       encoded = made.encode_batch(list(texts), add_special_tokens=False)
-      return [_by_characters(t, e) for t, e in zip(texts, encoded)]
+      return [by_characters(t, e) for t, e in zip(texts, encoded)]
     # The library need not follow characters where tokens say their bytes.
     encoded = made.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [_by_bytes(made, t, e, sizes) for t, e in zip(texts, encoded)]
+    return [by_bytes(made, t, e, sizes) for t, e in zip(texts, encoded)]
 
   return Tokenizer(
     name=name,
@@ -281,61 +264,6 @@ def _prefix(made: tokenizers.Tokenizer) -> tuple[int, ...]:
     if whole[n : n + len(bare)] == bare:
       return tuple(whole[:n])
   return ()
-
-
-def _by_bytes(
-  made: tokenizers.Tokenizer,
-  text: str,
-  encoding: tokenizers.Encoding,
-  sizes: np.ndarray,
-) -> Encoded:
-  ids = np.asarray(encoding.ids, np.int32)
-  ends = np.cumsum(sizes[ids])
-  if (ends[-1] if len(ends) else 0) == len(text.encode()):
-    return Encoded(ids, ends - sizes[ids], ends)
-  # A normalizer has changed the text: these are not its bytes.
-  return _by_characters(text, made.encode(text, add_special_tokens=False))
-
-
-def _by_characters(text: str, encoding: tokenizers.Encoding) -> Encoded:
-  ids = np.asarray(encoding.ids, np.int32)
-  offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-  if text.isascii():
-    return Encoded(ids, offsets[:, 0], offsets[:, 1])
-  points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-  widths = 1 + sum((points >= p).astype(np.int64) for p in (0x80, 0x800, 2**16))
-  at = np.concatenate([[0], np.cumsum(widths)])
-  return Encoded(ids, at[offsets[:, 0]], at[offsets[:, 1]])
-
-
-def _byte_sizes(
-  made: tokenizers.Tokenizer, vocabulary: Mapping[str, int]
-) -> np.ndarray | None:
-  """id -> number of bytes, where tokens are written in bytes; else None."""
-  if '"ByteLevel"' not in json.dumps(json.loads(made.to_str())["decoder"]):
-    return None
-  letters = set(_letters())
-  added = made.get_added_tokens_decoder()
-  sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
-  for token, number in vocabulary.items():
-    if number not in added and not letters.issuperset(token):
-      return None
-    sizes[number] = len(token.encode()) if number in added else len(token)
-  return sizes
-
-
-@functools.cache
-def _letters() -> list[str]:
-  """How byte-level tokenizers write each byte: a printable character.
-
-  Printable Latin-1 stands for itself; the other 68 bytes are U+0100 and on, in
-  their order. Radford et al. 2019, section 2.2, and their code.
-  """
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printable]
-  letters = {byte: chr(byte) for byte in printable}
-  letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
-  return [letters[byte] for byte in range(256)]
 
 
 def _text(path: pathlib.Path) -> str:
