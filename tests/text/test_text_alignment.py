@@ -222,6 +222,16 @@ def test_a_later_piece_begins_with_the_span_that_ended_the_one_before(tmp_path):
     assert read[0] == read[1]
 
 
+def test_a_piece_is_as_long_as_the_row(tmp_path):
+  pairs = pairs_of(tmp_path, byte_level(), byte_level(), ["a" * 99])
+  spans = pairing._spans_of(pairs, 0)
+  assert len(spans.counts) == 101  # what begins it, the bytes, the end
+  for lengths in ((20, 20), (20, 30), (30, 20)):
+    first, second, *_ = pairing._pieces(spans, 0, lengths)
+    assert (first.starts, first.stops) == ((0, 0), (20, 20))
+    assert second.starts == (20, 20)
+
+
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 def test_the_first_span_counts_only_where_both_begin_with_something(
   tmp_path, which
@@ -258,7 +268,7 @@ def test_batch_is_a_function_of_seed_and_step_however_many_processes(tmp_path):
 TURNS = [
   {"role": "user", "content": "naïve?"},
   {"role": "assistant", "content": "Yes: café 🎉."},
-  {"role": "user", "content": "more"},
+  {"role": "user", "content": "print(i, i * i)"},
   {"role": "assistant", "content": "print(i, i * i)"},
 ]
 OTHER = (
@@ -289,29 +299,40 @@ def test_conversations_align_within_the_words_under_different_templates(
   assert joined.count("Yes: café 🎉.") == 2
   assert joined.count("print(i, i * i)") == 1
   assert "naïve" not in joined
-  assert "more" not in joined
 
 
 @pytest.mark.parametrize("glued", ["student", "teacher"])
-def test_a_token_that_reaches_beyond_the_words_is_in_no_span(tmp_path, glued):
-  marks = "{% for m in messages %}{% if not loop.first %}SEP{% endif %}"
-  marks += "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-  # A space before the words, which one token takes with the first of them;
-  # the other template writes nothing there.
-  one = dataclasses.replace(bpe(330), chat_template=marks.replace("SEP", " "))
-  other = dataclasses.replace(
-    byte_level(), chat_template=marks.replace("SEP", "")
-  )
-  turns = [
-    {"role": "assistant", "content": content} for content in ("?!", "print(i)")
-  ]
-  assert any(token.startswith("Ġpr") for token in one.vocabulary)
+@pytest.mark.parametrize(
+  ("before", "after", "contents", "want"),
+  [
+    # One token takes the space before the words with the first of them.
+    (" ", "", ("?!", "print(i)"), "!(i)"),
+    # One token takes what follows the words with the last of them; where it
+    # ends the other side has no boundary, so the next is lost as well.
+    ("", "nt", ("?! pri", "(i)"), "!i)"),
+  ],
+)
+def test_a_token_that_reaches_beyond_the_words_is_in_no_span(
+  tmp_path, glued, before, after, contents, want
+):
+  def template(before, after):
+    return (
+      "{% for m in messages %}{% if not loop.first %}"
+      + before
+      + "{% endif %}{% generation %}{{ m.content }}{% endgeneration %}"
+      + after
+      + "{% endfor %}"
+    )
+
+  one = dataclasses.replace(bpe(330), chat_template=template(before, after))
+  other = dataclasses.replace(byte_level(), chat_template=template("", ""))
+  assert "Ġprint" in one.vocabulary
+  turns = [{"role": "assistant", "content": words} for words in contents]
   sides = (one, other) if glued == "student" else (other, one)
-  pairs = pairs_of(tmp_path, *sides, [turns])
-  batch = row_spans(pairs, (90, 90))
+  batch = row_spans(pairs_of(tmp_path, *sides, [turns]), (90, 90))
   found = "".join(spans_in(batch, sides[0]).values())
   assert found == "".join(spans_in(batch, sides[1], "teacher_").values())
-  assert found == "!(i)"
+  assert found == want
 
 
 def test_rows_that_no_span_fits_into_are_refused(tmp_path):

@@ -95,20 +95,32 @@ def test_offsets_of_a_byte_level_bpe_are_exact_to_the_byte(tmp_path, trim):
   assert tokenizer.prefix == ()
 
 
-def test_offsets_are_of_whole_characters_where_a_token_is_not_bytes(tmp_path):
-  vocabulary = {"<unk>": 0, "▁": 1, "é": 2, "a": 3, "<0xF0>": 4, "<0x9F>": 5}
-  vocabulary |= {"<0x8E>": 6, "<0x89>": 7}
-  made = tokenizers.Tokenizer(
-    models.BPE(
-      vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"
-    )
+def by_characters(folder, characters):
+  """Tokens are characters; others are written by their bytes."""
+  vocabulary = {c: n for n, c in enumerate(["<unk>", "▁", *characters])}
+  for byte in "🎉".encode():
+    vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+  model = models.BPE(
+    vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"
   )
+  made = tokenizers.Tokenizer(model)
   made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-  tokenizer = write(tmp_path, made)
-  (encoded,) = tokenizer.encode(["é a🎉é"])
+  return write(folder, made)
+
+
+def test_offsets_are_of_whole_characters_where_a_token_is_not_bytes(tmp_path):
+  (encoded,) = by_characters(tmp_path, "éa").encode(["é a🎉é"])
   assert encoded.ids.tolist() == [2, 1, 3, 4, 5, 6, 7, 2]
   assert encoded.starts.tolist() == [0, 2, 3, 4, 4, 4, 4, 8]
   assert encoded.ends.tolist() == [2, 3, 4, 8, 8, 8, 8, 10]
+
+
+def test_characters_have_one_to_four_bytes(tmp_path):
+  edges = "\x7f\x80\u07ff\u0800\uffff\U00010000"
+  (encoded,) = by_characters(tmp_path, edges).encode([edges])
+  want = np.cumsum([len(character.encode()) for character in edges])
+  assert encoded.ends.tolist() == want.tolist()
+  assert encoded.starts.tolist() == [0, *want[:-1]]
 
 
 def test_offsets_are_those_of_the_text_before_its_normalization(tmp_path):

@@ -87,7 +87,7 @@ def mark_turns(
     _new_bytes(encoded, len(text.encode())),
     places[i] + starts,
     places[j] + ends,
-    shared=target & (kinds[i] != _OUTSIDE) & (kinds[j] != _OUTSIDE),
+    shared=(kinds[i] != _OUTSIDE) & (kinds[j] != _OUTSIDE),
   )
 
 
