@@ -1,11 +1,13 @@
 import dataclasses
 import re
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from kdjax import losses
 from kdjax.data import text
 from kdjax.data.text import alignment, corpus
 from kdjax.data.text import pairs as pairing
@@ -251,6 +253,33 @@ def test_an_end_that_one_side_lacks_is_in_no_span(tmp_path):
   student, teacher = bpe(290), bpe(330, end=False)
   batch = row_spans(pairs_of(tmp_path, student, teacher, TEXTS[:1]), (40, 40))
   assert "".join(spans_in(batch, student).values()) == TEXTS[0]
+
+
+def test_losses_take_the_batches_as_they_are(tmp_path):
+  pairs = pairs_of(tmp_path, bpe(290), byte_level())
+  (batch,) = batches(pairs, 1)
+
+  def certain(label, classes):  # every token as likely as any other
+    return np.float32(5 * np.eye(classes)[label])
+
+  chance = np.log(np.exp(5) / (np.exp(5) + 289))
+  other_chance = np.log(np.exp(5) / (np.exp(5) + 259))
+  values = jax.jit(losses.likelihood_matching)(
+    certain(batch["label"], 290),
+    certain(batch["teacher_label"], 260),
+    batch["label"],
+    batch["teacher_label"],
+    batch["span"],
+    batch["teacher_span"],
+  )
+  for b in range(2):
+    for n in range(40):
+      a = np.exp((batch["span"][b] == n).sum() * chance / 100)
+      c = np.exp((batch["teacher_span"][b] == n).sum() * other_chance / 100)
+      want = 0
+      if batch["span_mask"][b, n]:
+        want = c * np.log(c / a) + (1 - c) * np.log((1 - c) / (1 - a))
+      np.testing.assert_allclose(values[b, n], want, rtol=1e-5, atol=1e-6)
 
 
 def test_batch_is_a_function_of_seed_and_step_however_many_processes(tmp_path):

@@ -33,7 +33,7 @@ def test_jsonl_is_read_in_any_order(tmp_path):
     ]
     assert list(documents.examples) == TEXTS
     with path.open("ab") as file:
-      file.write(b"\n\n")  # blank lines are none
+      file.write(b"\n\n\r\n\r\n")  # blank lines are none
     assert list(text.read(path).examples) == TEXTS
   assert len(text.read(jsonl(tmp_path / "b.jsonl", []))) == 0
 
@@ -216,6 +216,9 @@ def test_the_loser_of_a_race_takes_the_winners_folder(tmp_path):
   write_folder(tmp_path / "made", second)
   assert [p.name for p in tmp_path.iterdir()] == ["made"]
   assert (tmp_path / "made" / "file").read_text() == "first"
+  (tmp_path / "plain").mkdir()
+  modes = [(tmp_path / name).stat().st_mode for name in ("made", "plain")]
+  assert modes[0] == modes[1]  # readable for whom the umask lets read
 
 
 def test_tokens_are_made_once_and_anew_when_anything_changes(tmp_path):

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,9 @@ def folder_for(
   return pathlib.Path(root).expanduser() / f"{kind}-{made[:16]}"
 
 
-def write_folder(folder: pathlib.Path, write: Any) -> None:
+def write_folder(
+  folder: pathlib.Path, write: Callable[[pathlib.Path], None]
+) -> None:
   """`write(path)` fills a folder that then appears whole, or not at all.
 
   Raises:
@@ -135,9 +137,12 @@ def write_folder(folder: pathlib.Path, write: Any) -> None:
       "folder that can be written"
     ) from error
   try:
-    write(pathlib.Path(scratch))
+    # The scratch folder itself is for its owner's eyes only.
+    made = pathlib.Path(scratch) / "made"
+    made.mkdir()
+    write(made)
     try:
-      os.rename(scratch, folder)
+      os.rename(made, folder)
     except OSError:
       # Another process was first; its folder holds the same.
       if not folder.is_dir():
