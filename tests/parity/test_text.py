@@ -18,6 +18,7 @@ SAMPLES = [
   "def f(x):\n    return x + 1\n",
   "<|im_start|>user\nhi<|im_end|>",
 ]
+USER = {"role": "user", "content": "a"}
 CHATS = [
   [
     {"role": "system", "content": " Be brief. "},
@@ -31,10 +32,17 @@ CHATS = [
     {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"},
   ],
   [{"role": "user", "content": "tell", "date": {"day": 3}}],
+  [USER, {"role": "assistant", "content": "b", "reasoning": "r"}],
+  [USER, {"role": "assistant", "content": "b", "thinking": "t"}],
+  [USER, {"role": "assistant", "content": "b", "reasoning_content": "c"}],
 ]
 # What checkpoints' templates use: whitespace control, filters, namespaces,
 # loops with a break, macros, tests, slices, generation marks.
 TEMPLATES = {
+  "reasoning": (
+    "{%- for m in messages %}{{ m.content }}|{{ m.reasoning_content }}|"
+    "{{ m.thinking }}|{{ m.reasoning }}\n{% endfor %}"
+  ),
   "chatml": tokenizer.CHATML,
   "llama": (
     "{{- bos_token }}{% set ns = namespace(system='') %}"

@@ -93,6 +93,15 @@ def test_only_the_assistants_tokens_are_targets(tmp_path):
   )
 
 
+def test_reasoning_is_found_under_any_of_its_names():
+  template = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}"
+  for name in ("reasoning_content", "thinking", "reasoning"):
+    turn = {"role": "assistant", "content": "b", name: "why"}
+    assert text.template_text(using(template), [turn]) == "why|why"
+  plain = {"role": "assistant", "content": "b"}
+  assert text.template_text(using(template), [plain]) == "|"
+
+
 def test_special_tokens_and_filters_reach_the_template():
   template = (
     "{{ bos_token }}|{{ eos_token }}|{{ messages[1] | tojson }}"

@@ -86,7 +86,7 @@ def template_text(
     )
   try:
     return _compiled(tokenizer.chat_template).render(
-      messages=plain,
+      messages=[_reasoned(message) for message in plain],
       tools=None,
       documents=None,
       add_generation_prompt=add_generation_prompt,
@@ -98,6 +98,16 @@ def template_text(
       f"the chat template of {tokenizer.name} refuses the conversation "
       f"({error}): mend its messages"
     ) from error
+
+
+def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
+  """The reasoning under both names that templates read it by."""
+  for name in ("reasoning_content", "thinking", "reasoning"):
+    reasoning = message.get(name)
+    if reasoning is not None:
+      named = {"thinking": reasoning} | message
+      return named | {"reasoning_content": reasoning}
+  return message
 
 
 def _turn(
