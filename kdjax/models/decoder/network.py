@@ -31,7 +31,15 @@ from kdjax.models.decoder.taps import (
   slots,
   tap_names,
 )
-from kdjax.types import Batch, LinearLogits, Model, Output, Params, Stats
+from kdjax.types import (
+  Batch,
+  LinearLogits,
+  Model,
+  Output,
+  Params,
+  Stats,
+  dense,
+)
 
 # What is recomputed in the backward pass instead of kept.
 REMAT = {
@@ -144,18 +152,7 @@ def dense_head(
   num_classes: int | None = None,
 ) -> Float32[Array, "b s vocab"]:
   """cap(x · kernelᵀ), float32, -inf from `num_classes` on."""
-  head = linear_head(net, params, x)
-  logits = jnp.einsum(
-    "bsd,vd->bsv",
-    x,
-    head.kernel.astype(x.dtype),
-    preferred_element_type=jnp.float32,
-  )
-  logits = attention.capped(logits, net.final_softcap)
-  if num_classes is None:
-    return logits
-  there = jnp.arange(net.vocab_size) < num_classes
-  return jnp.where(jnp.broadcast_to(there, logits.shape), logits, -jnp.inf)
+  return dense(linear_head(net, params, x, num_classes))
 
 
 def document_positions(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:
