@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from kdjax import errors, losses, parallel
-from kdjax.types import Batch, Model, Variables
+from kdjax.losses import fused
+from kdjax.types import Batch, LinearLogits, Model, Variables, dense
 
 NUM_BINS = 15
 
@@ -59,6 +60,28 @@ def sums(
   return result
 
 
+def output_sums(
+  student: Array | LinearLogits,
+  label: Array,
+  mask: Array,
+  teacher: Array | LinearLogits | None = None,
+  layout: fused.Layout | None = None,
+) -> dict[str, Array]:
+  """`sums` of `[*batch, classes]`, a chunk at a time of `LinearLogits`."""
+  if isinstance(student, LinearLogits):
+    rows = {"label": label, "mask": mask}
+    chunked = lambda student, teacher, rows, _: (  # noqa: E731
+      {},
+      sums(student, rows["label"], rows["mask"], teacher),
+    )
+    return fused.sum_rows(
+      chunked, jax.lax.stop_gradient(student), teacher, rows, (), layout
+    )[1]
+  flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+  theirs = None if teacher is None else flat(dense(teacher))
+  return sums(flat(student), label.reshape(-1), mask.reshape(-1), theirs)
+
+
 def finish(total: dict[str, Any]) -> dict[str, float]:
   """Sums over all batches -> the metrics of this module's docstring."""
   weight = float(total["weight"])
@@ -73,12 +96,16 @@ def finish(total: dict[str, Any]) -> dict[str, float]:
 
 
 def make_evaluate(
-  student: Model, teacher: Model | None = None, mesh: Mesh | None = None
+  student: Model,
+  teacher: Model | None = None,
+  mesh: Mesh | None = None,
+  layout: fused.Layout | None = None,
 ) -> Callable[[Variables, Any, Iterable[Batch]], dict[str, float]]:
   """`evaluate(variables, frozen, batches) -> {metric: value}`, compiled once.
 
   `variables` and `frozen` are the `(params, stats)` of student and teacher;
   `batches` need `mask` and `label`. Without a teacher `frozen` is ignored.
+  `layout` is that of `make_train_step`.
   """
   mesh = mesh or parallel.make_mesh()
 
@@ -89,7 +116,7 @@ def make_evaluate(
     if teacher is not None:
       params, stats = frozen
       target = teacher.apply(params, stats, batch, train=False)[0].logits
-    return sums(logits, batch["label"], batch["mask"], target)
+    return output_sums(logits, batch["label"], batch["mask"], target, layout)
 
   def evaluate(variables, frozen, batches):
     total = None
@@ -121,7 +148,7 @@ def flops_per_example(
   }
 
   def forward(variables: Variables, batch: Batch):
-    return model.apply(*variables, batch, train=False)[0].logits
+    return dense(model.apply(*variables, batch, train=False)[0].logits)
 
   cost = jax.jit(forward).lower(variables, one).cost_analysis()
   return float((cost or {}).get("flops", np.nan))

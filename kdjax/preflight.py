@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from kdjax import errors
-from kdjax.types import Batch, Model, Variables
+from kdjax.types import Batch, LinearLogits, Model, Variables
 
 
 def check_outputs(
@@ -33,21 +33,30 @@ def check_outputs(
   """
   shape = jax.eval_shape(functools.partial(_logits, student), variables, batch)
   num_classes = shape.shape[-1]
+  # The padding of two vocabularies may differ: the terms leave it out.
+  padded = isinstance(shape, LinearLogits)
+  if padded:
+    num_classes = shape.vocabulary
   if teacher is not None:
-    _check_teacher(teacher, frozen, batch, num_classes)
+    _check_teacher(teacher, frozen, batch, None if padded else num_classes)
   _check_labels(batch, num_classes)
 
 
 def _check_teacher(
-  teacher: Model, frozen: Any, batch: Batch, num_classes: int
+  teacher: Model, frozen: Any, batch: Batch, num_classes: int | None
 ) -> None:
-  logits = jax.jit(functools.partial(_logits, teacher))(frozen, batch)
-  if logits.shape[-1] != num_classes:
+  @jax.jit
+  def spoilt(frozen: Any, batch: Batch) -> Array:
+    arrays = jax.tree.leaves(_logits(teacher, frozen, batch))
+    return jnp.any(jnp.stack([jnp.isnan(x).any() for x in arrays]))
+
+  shape = jax.eval_shape(functools.partial(_logits, teacher), frozen, batch)
+  if num_classes is not None and shape.shape[-1] != num_classes:
     raise errors.UserError(
-      f"teacher has {logits.shape[-1]} classes, student {num_classes}: logits "
+      f"teacher has {shape.shape[-1]} classes, student {num_classes}: logits "
       "are compared class by class; give both the same number of classes"
     )
-  if bool(jnp.isnan(logits).any()):
+  if bool(spoilt(frozen, batch)):
     raise errors.UserError(
       "the teacher's logits hold NaN on the first batch: check its checkpoint "
       "and how its inputs are normalised"
@@ -67,5 +76,5 @@ def _check_labels(batch: Batch, num_classes: int) -> None:
     )
 
 
-def _logits(model: Model, variables: Variables, batch: Batch) -> Array:
+def _logits(model: Model, variables: Variables, batch: Batch) -> Any:
   return model.apply(*variables, batch, train=False)[0].logits

@@ -4,6 +4,7 @@ Everything travels as (sum, weight) and is divided once, after microbatches and
 devices; the weights come from the batch alone.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from kdjax import errors, losses, schedules
+from kdjax.losses import fused
 from kdjax.objective import Names, Objective, Term
-from kdjax.types import Batch, Output
+from kdjax.types import Batch, LinearLogits, Output, dense
 
 # {name: (sum, weight)}
 Sums = dict[str, tuple[Array, Array]]
@@ -44,21 +46,62 @@ def logit_terms(
   batch: Batch,
   divide_by: Mapping[str, Array],
   step: Array,
+  layout: fused.Layout | None = None,
 ) -> tuple[dict[str, Array], Sums]:
   """All terms that read logits, in one call.
 
+  `LinearLogits` of the student are gone through a chunk of tokens at a time;
+  the totals have a gradient then, the sums none.
+
   Args:
     terms: those with `reads_logits`.
-    student, teacher: `[*batch, classes]`; no teacher where no term needs one.
+    student, teacher: `[*batch, classes]` or `LinearLogits`; no teacher where no
+      term needs one.
     batch: with `mask`, and `label` where a term needs it.
     divide_by: `denominators` of the whole batch, of which this may be a part.
     step: the update count that schedules read.
+    layout: how the tokens of `LinearLogits` are gone through.
 
   Returns:
     `{group: weighted total}`, this part's share of it, and `{term: (sum,
     weight)}` before the term's weight, T² included. `kl_at_1` is the KL at
     T = 1, always there, so that runs with different temperatures compare.
+
+  Raises:
+    UserError: with `LinearLogits`, for a term that couples examples.
   """
+  if not isinstance(student, LinearLogits):
+    constants = divide_by, step
+    return _logit_sums(terms, student, dense(teacher), batch, constants)
+  for term in terms:
+    if term.coupled:
+      raise errors.UserError(
+        f"term {term.name!r} compares examples with one another, and a head "
+        "that is not multiplied out shows a few at a time: give dense logits, "
+        "or a loss per example"
+      )
+  if not terms:  # kl_at_1 alone: no gradient is to be made
+    student = jax.lax.stop_gradient(student)
+  read = {k: batch[k] for k in ("mask", "labelled", "label") if k in batch}
+  return fused.sum_rows(
+    functools.partial(_logit_sums, terms),
+    student,
+    teacher,
+    read,
+    (divide_by, step),
+    layout,
+  )
+
+
+def _logit_sums(
+  terms: Sequence[Term],
+  student: Array,
+  teacher: Array | None,
+  batch: Batch,
+  constants: tuple[Mapping[str, Array], Array],
+) -> tuple[dict[str, Array], Sums]:
+  """`logit_terms` of logits that are multiplied out: all, or some rows."""
+  divide_by, step = constants
   totals: dict[str, Any] = {}
   sums: Sums = {}
   for term in terms:
@@ -115,7 +158,14 @@ def activation(output: Any, names: Names) -> Any:
   """The activation of a name, or the tuple of several."""
   if output is None or not isinstance(names, str):
     return output and tuple(activation(output, n) for n in names)
-  return output.logits if names == "logits" else output.taps[names]
+  if names != "logits":
+    return output.taps[names]
+  if isinstance(output.logits, LinearLogits):
+    raise errors.UserError(
+      "a term reads the tap 'logits', and the head is not multiplied out: "
+      "leave taps out if its loss is one on logits, or give dense logits"
+    )
+  return output.logits
 
 
 def _per_example(
@@ -153,11 +203,13 @@ def _counted(counts: Array, tree: Any) -> Any:
   gradient of a `where`.
   """
 
-  def one(x: Array) -> Array:
+  def one(x: Any) -> Any:
+    if isinstance(x, LinearLogits):
+      return dataclasses.replace(x, hidden=one(x.hidden))
     shape = counts.shape + (1,) * (x.ndim - counts.ndim)
     return jnp.where(counts.reshape(shape), x, 0)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, LinearLogits))
 
 
 def _fits(term: Term, counts: Array, values: Array) -> Array:

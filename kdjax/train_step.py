@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from kdjax import errors, parallel, totals
+from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
 
@@ -88,6 +89,7 @@ def make_train_step(
   axis_name: str | None = None,
   synced_stats: bool = False,
   gradients_by_group: bool = False,
+  layout: Layout | None = None,
 ) -> TrainStep:
   """The step for `jit_step`, or with `axis_name` for `pmap_step`.
 
@@ -108,6 +110,8 @@ def make_train_step(
       `axis_name` by itself, hence equal on all devices.
     gradients_by_group: the optimizer also gets `{group: gradient}` as the
       argument `by_group`, at one backward pass for each group.
+    layout: how the tokens are gone through where the logits are `LinearLogits`;
+      over a mesh it must name it.
 
   Raises:
     UserError: under pmap, naming terms that couple examples (each device would
@@ -125,7 +129,13 @@ def make_train_step(
       trained["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
     )
     grouped, sums = totals.logit_terms(
-      logit, output.logits, target and target.logits, batch, divide_by, step
+      logit,
+      output.logits,
+      target and target.logits,
+      batch,
+      divide_by,
+      step,
+      layout,
     )
     more, more_sums, term_state = totals.other_terms(
       other,

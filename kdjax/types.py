@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import Array, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, PyTree
 
 from kdjax.errors import UserError as UserError
 
@@ -25,11 +26,91 @@ Schedule = Callable[[Any], Any]  # optax's: update count -> value
 ScalarOrSchedule = float | Array | Schedule
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearLogits:
+  """Logits of a head that is not multiplied out: `[*batch, V]` would not fit.
+
+      logits = softcap · tanh(scale · (hidden · kernelᵀ + bias) / softcap)
+
+  without the softcap where it is None. Classes from `num_classes` on pad the
+  vocabulary and are at -inf. `dense` multiplies out.
+
+  Attributes:
+    hidden: `[*batch, D]`. Products are taken in its dtype, summed in float32.
+    kernel: `[V, D]`, a row for each class: as embeddings lie, so that a tied
+      head is the embedding itself and no copy, and as checkpoints store heads.
+    bias: `[V]` or None.
+    softcap, scale: numbers, constants of the compiled step. A learned scale
+      belongs to `hidden`.
+    num_classes: the true size of the vocabulary; None: V.
+  """
+
+  hidden: Float[Array, "*batch D"]
+  kernel: Float[Array, "V D"]
+  bias: Float[Array, " V"] | None = None
+  softcap: float | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+  scale: float | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+  num_classes: int | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the logits, `[*batch, V]`."""
+    return (*self.hidden.shape[:-1], self.kernel.shape[0])
+
+  @property
+  def vocabulary(self) -> int:
+    """How many classes are no padding."""
+    size = self.kernel.shape[0]
+    return size if self.num_classes is None else min(self.num_classes, size)
+
+  def finish(
+    self, product: Float32[Array, "*batch V"]
+  ) -> Float32[Array, "*batch V"]:
+    """hidden · kernelᵀ -> logits."""
+    if self.bias is not None:
+      bias = self.bias.astype(jnp.float32)
+      product += bias.reshape((1,) * (product.ndim - 1) + bias.shape)
+    if self.scale is not None:
+      product *= self.scale
+    if self.softcap is not None:
+      product = self.softcap * jnp.tanh(product / self.softcap)
+    return self.mask_padding(product)
+
+  def mask_padding(
+    self, logits: Float[Array, "*batch V"]
+  ) -> Float[Array, "*batch V"]:
+    """-inf for the classes that pad the vocabulary."""
+    if self.vocabulary == self.kernel.shape[0]:
+      return logits
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(classes < self.vocabulary, logits, -jnp.inf)
+
+
+def dense(logits: Any) -> Any:
+  """`LinearLogits` multiplied out, float32 `[*batch, V]`; an array as it is."""
+  if not isinstance(logits, LinearLogits):
+    return logits
+  product = jnp.einsum(
+    "...d,vd->...v",
+    logits.hidden,
+    logits.kernel.astype(logits.hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return logits.finish(product)
+
+
 class Output(NamedTuple):
   """What a network returns.
 
   Attributes:
-    logits: `[*batch, classes]`.
+    logits: `[*batch, classes]`, or the `LinearLogits` that they are.
     taps: named activations, only those that were asked for.
   """
 

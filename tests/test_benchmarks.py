@@ -151,3 +151,19 @@ def test_torch_step_compares_processes(script, tmp_path):
   words = "--pair resnet14_to_resnet8 --batch 4 --repeats 2 --contestants kdjax"
   script("torch_step").main([*words.split(), "--out", str(out)])
   assert json.loads(out.read_text())["rows"]["kdjax"]["wall"] == [1] * 3
+
+
+@pytest.mark.slow
+def test_fused_head_compares_memory_and_gradients(script):
+  module = script("fused_head")
+  sizes = module.Sizes(512, 96, 8, 8)
+  assert module.memory(sizes)["memory float32, whole / chunks"] > 1
+  errors = module.error(sizes)
+  assert errors["error float32, chunks"] < 3e-6
+  for name in module.DTYPES:
+    whole, chunks = (errors[f"error {name}, {x}"] for x in ("whole", "chunks"))
+    assert chunks <= 1.2 * whole
+  assert module.time(sizes, repeats=2).keys() <= {
+    *module.GOALS,
+    "time float32, 2048 tokens",
+  }

@@ -20,7 +20,7 @@ ROWS = [
   },
   {"objective"},
   {"totals", "projectors"},
-  {"adapters", "parallel", "terms"},
+  {"adapters", "parallel", "terms", "generate"},
   {"train_step", "evaluate", "pretrained", "simkd"},
   {"checkpoint", "metrics", "preflight"},
   {"loop"},

@@ -27,6 +27,7 @@ from typing import Any
 from kdjax.losses.ab_divergence import alpha_beta
 from kdjax.losses.batchwise import dist, multi_level
 from kdjax.losses.contrastive import info_nce, noise_contrastive
+from kdjax.losses.cross_tokenizer import likelihood_matching, universal_logits
 from kdjax.losses.divergences import (
   jeffreys,
   jsd,
@@ -145,6 +146,7 @@ __all__ = [
   "jeffreys",
   "jsd",
   "kl",
+  "likelihood_matching",
   "logit_loss",
   "logit_mse",
   "masked_generative",
@@ -172,6 +174,7 @@ __all__ = [
   "total_variation",
   "traits",
   "ttm",
+  "universal_logits",
   "variational_information",
   "with_teacher_temperature",
   "wttm",

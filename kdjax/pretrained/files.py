@@ -36,6 +36,7 @@ class Tensors(NamedTuple):
     source: what the user named.
     shapes, dtypes: by name; dtypes as safetensors calls them ("BF16").
     load: reads one tensor.
+    load_part: reads the part of one that slices name, and no more of the file.
     config: the `config.json` beside them; {} if there is none.
   """
 
@@ -43,6 +44,7 @@ class Tensors(NamedTuple):
   shapes: Mapping[str, tuple[int, ...]]
   dtypes: Mapping[str, str]
   load: Callable[[str], np.ndarray]
+  load_part: Callable[[str, tuple[slice, ...]], np.ndarray]
   config: Mapping[str, Any]
 
 
@@ -90,6 +92,7 @@ def open_tensors(source: str | Path, revision: str | None = None) -> Tensors:
     shapes,
     dtypes,
     lambda name: held[name].get_tensor(name),
+    lambda name, part: held[name].get_slice(name)[part],
     _json(folder / CONFIG) if (folder / CONFIG).exists() else {},
   )
 

@@ -1,0 +1,402 @@
+"""Sums over the tokens of a head too large to multiply out.
+
+    Σ over tokens  f(logits of the student, of the teacher, the token's row)
+
+The tokens are taken a chunk at a time: two products give the chunk's logits,
+f's gradient with respect to the student's is taken at once, and two products
+more add it to those of hidden states and kernel. So no `[tokens, V]` array ever
+is, each product is made once, and nothing is kept for the backward pass but the
+gradients themselves. Tokens that are masked come last, and are not reached.
+
+f is any function of rows of logits. Under a mesh each device goes through its
+own tokens, and the classes may be split as well: f is then partitioned by the
+compiler, which reduces over the classes by a few numbers a token.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Float32, PyTree
+
+from kdjax.types import LinearLogits, UserError
+
+# Rows of the kernel's gradient that are added to at once.
+_CLASSES = 8192
+# Rows of logits that f sees at once on CPU, two for each core.
+_ROWS = 2 * (os.cpu_count() or 1)
+
+# (student [n, V], teacher [n, V] | None, rows, constants) -> ({group: scalar},
+# further sums), each the sum of what its rows give.
+RowSums = Callable[..., tuple[dict[str, Array], PyTree]]
+
+
+class Layout(NamedTuple):
+  """How the tokens of a head are gone through.
+
+  Attributes:
+    chunk: tokens at a time, on each device; None: 256 on CPU, otherwise 1024.
+      Memory is that of some [chunk, V] arrays.
+    mesh: what tokens and classes are split over, or None.
+    tokens: the axes of the mesh that split the leading axis of the batch.
+    classes: the axis that splits the classes, or None.
+  """
+
+  chunk: int | None = None
+  mesh: Mesh | None = None
+  tokens: tuple[str, ...] = ("data",)
+  classes: str | None = None
+
+
+def sum_rows(
+  f: RowSums,
+  student: LinearLogits,
+  teacher: LinearLogits | Float[Array, "*batch V"] | None,
+  rows: dict[str, Array],
+  constants: PyTree,
+  layout: Layout | None = None,
+) -> tuple[dict[str, Array], PyTree]:
+  """f over all tokens, which receives and returns as `RowSums` says.
+
+  Only the first of its two results has a gradient, and only with respect to
+  the student's hidden states, kernel and bias. It is formed in the forward pass
+  for the sum of the groups; a backward pass that weighs the groups apart makes
+  it anew.
+
+  Args:
+    f: 0, with gradient 0, for a row whose `mask` is 0.
+    student, teacher: their classes beyond the smaller true vocabulary are at
+      -inf on both sides.
+    rows: arrays `[*batch, ...]`, `mask` `[*batch]` among them.
+    constants: further arguments of f, without gradient.
+    layout: of the computation; by default on one device.
+
+  Raises:
+    UserError: for a mask of another shape than the hidden states', or classes
+      that the mesh does not divide.
+  """
+  layout = layout or Layout()
+  _check(student, teacher, rows, layout)
+  num_classes = student.vocabulary
+  if isinstance(teacher, LinearLogits):
+    num_classes = min(num_classes, teacher.vocabulary)
+    teacher = dataclasses.replace(teacher, num_classes=num_classes)
+    if layout.classes:
+      # Once, beside the student's: in the loop it would move logits.
+      teacher = _resized(teacher, student.shape[-1])
+  elif teacher is not None:
+    num_classes = min(num_classes, teacher.shape[-1])
+  student = dataclasses.replace(student, num_classes=num_classes)
+  run = functools.partial(_spread, f, layout)
+
+  @jax.custom_vjp
+  def sums(*arguments):
+    return run(None, *arguments)[0]
+
+  def forward(*arguments):
+    result, gradient = run({}, *arguments)
+    return result, (gradient, arguments)
+
+  def backward(saved, cotangents):
+    gradient, arguments = saved
+    student, by_group = arguments[0], cotangents[0]
+    one, *others = by_group.values()
+    cast = lambda g, x: g.astype(x.dtype)  # noqa: E731
+    # Where these are constants, as for a gradient of the sum, the compiler
+    # keeps one branch.
+    gradient = jax.lax.cond(
+      functools.reduce(jnp.logical_and, [one == x for x in others], True),
+      lambda: jax.tree.map(lambda g, x: cast(one * g, x), gradient, student),
+      lambda: jax.tree.map(cast, run(by_group, *arguments)[1], student),
+    )
+    return gradient, None, None, None
+
+  sums.defvjp(forward, backward)
+  return sums(student, teacher, rows, constants)
+
+
+def _check(student, teacher, rows, layout):
+  if rows["mask"].shape != student.shape[:-1]:
+    raise UserError(
+      f"mask has shape {rows['mask'].shape}, the student's hidden states "
+      f"{student.hidden.shape}: give one mask value a hidden state"
+    )
+  if teacher is not None and teacher.shape[:-1] != student.shape[:-1]:
+    raise UserError(
+      f"student logits have shape {student.shape}, the teacher's "
+      f"{teacher.shape}: give both the same tokens"
+    )
+  if layout.classes is None:
+    return
+  assert layout.mesh is not None
+  count, size = layout.mesh.shape[layout.classes], student.shape[-1]
+  if size % count:
+    raise UserError(
+      f"the student's kernel has {size} rows, which axis {layout.classes!r} of "
+      f"{count} devices does not divide: pad it with rows to "
+      f"{size + -size % count} and set num_classes={student.vocabulary}"
+    )
+
+
+def _resized(logits: LinearLogits, size: int) -> LinearLogits:
+  """The same, its kernel with `size` rows."""
+
+  def resized(x: Array | None) -> Array | None:
+    if x is None or x.shape[0] == size:
+      return x
+    pad = [(0, max(size - x.shape[0], 0))] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x[:size], pad)
+
+  return dataclasses.replace(
+    logits, kernel=resized(logits.kernel), bias=resized(logits.bias)
+  )
+
+
+def _spread(f, layout, weights, student, teacher, rows, constants):
+  """`_through` over the mesh: each device its own tokens."""
+  through = functools.partial(_through, f, layout)
+  if layout.mesh is None:
+    return through(weights, student, teacher, rows, constants)
+  split, whole = PartitionSpec(layout.tokens), PartitionSpec()
+
+  def total(*arguments):
+    sums, gradient = through(*arguments)
+    if gradient is None:
+      return jax.lax.psum(sums, layout.tokens), None
+    sums, kernel, bias = jax.lax.psum(
+      (sums, gradient.kernel, gradient.bias), layout.tokens
+    )
+    return sums, dataclasses.replace(gradient, kernel=kernel, bias=bias)
+
+  def specs(logits):
+    if not isinstance(logits, LinearLogits):
+      return split
+    bias = None if logits.bias is None else whole
+    return dataclasses.replace(logits, hidden=split, kernel=whole, bias=bias)
+
+  # By hand over the tokens alone: the classes are left to the compiler, which
+  # partitions whatever f does with them.
+  return jax.shard_map(
+    total,
+    mesh=layout.mesh,
+    axis_names=set(layout.tokens),
+    in_specs=(whole, specs(student), specs(teacher), split, whole),
+    out_specs=(whole, None if weights is None else specs(student)),
+    check_vma=False,
+  )(weights, student, teacher, rows, constants)
+
+
+def _through(f, layout, weights, student, teacher, rows, constants):
+  """One device's tokens: f's sums and, unless the weights are None, a gradient.
+
+  The gradient is that of Σ weight · group, 1 where no weight is given.
+  """
+  batch, counts = rows["mask"].shape, rows["mask"].reshape(-1) > 0
+  hidden, dtype = _flat(student.hidden, batch), student.hidden.dtype
+  rows = {name: _flat(x, batch) for name, x in rows.items()}
+  split = functools.partial(_split, layout)
+  kernel = split(student.kernel.astype(dtype))
+  target, finish_target = _targets(teacher, batch, layout, student)
+  chunk, tile = _sizes(layout, counts.size)
+  # Those that do not count come last; what is past the end reads as 0.
+  order = jnp.argsort(~counts, stable=True)
+  order = jnp.pad(order, (0, -counts.size % chunk), constant_values=counts.size)
+
+  def multiply(number):
+    index = jax.lax.dynamic_slice_in_dim(order, number * chunk, chunk)
+    part = {name: _take(x, index) for name, x in rows.items()}
+    # 0 · NaN would be NaN in the kernel's gradient.
+    x = jnp.where(part["mask"][:, None] > 0, _take(hidden, index), 0)
+    tiles = _product(split, x, kernel), target(index), part
+    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), tiles)
+    return index, x, tiles
+
+  def tile_sums(product, target, part):
+    logits = student.finish(product), finish_target(target)
+    groups, further = f(*logits, part, constants)
+    total = sum((weights or {}).get(g, 1.0) * x for g, x in groups.items())
+    return total, (groups, further)
+
+  def one_tile(sums, pieces):
+    if weights is None:
+      (_, more), slope = tile_sums(*pieces), None
+    else:
+      slope, more = jax.grad(tile_sums, has_aux=True)(*pieces)
+      slope = slope.astype(_slope_dtype(dtype))
+    return jax.tree.map(jnp.add, sums, more), slope
+
+  def one_chunk(number, carry):
+    sums, gradient = carry
+    index, x, tiles = multiply(number)
+    sums, slope = jax.lax.scan(one_tile, sums, tiles)
+    if slope is not None:
+      slope = split(slope.reshape(chunk, -1), 1)
+      gradient = accumulate(gradient, slope, x, kernel, index)
+    return sums, gradient
+
+  shapes = jax.eval_shape(
+    lambda: tile_sums(*jax.tree.map(lambda x: x[0], multiply(0)[-1]))[1]
+  )
+  sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  gradient = None
+  if weights is not None:
+    gradient, accumulate = _accumulators(student, hidden, layout)
+  trips = (jnp.sum(counts) + chunk - 1) // chunk
+  sums, gradient = jax.lax.fori_loop(0, trips, one_chunk, (sums, gradient))
+  if gradient is not None:
+    by_hidden, by_kernel, by_bias = gradient
+    gradient = dataclasses.replace(
+      student,
+      hidden=_as(by_hidden, dtype).sum(0).reshape(student.hidden.shape),
+      kernel=by_kernel,
+      bias=by_bias,
+    )
+  return sums, gradient
+
+
+def _targets(teacher, batch, layout, student):
+  """index -> what there is of the teacher there; that -> logits [n, V]."""
+  size = student.shape[-1]
+  if teacher is None:
+    return lambda index: None, lambda _: None
+  if not isinstance(teacher, LinearLogits):
+    logits, finish = _flat(teacher, batch), student.mask_padding
+    return functools.partial(_take, logits), lambda x: finish(_as_wide(x, size))
+  hidden = _flat(teacher.hidden, batch)
+  split = functools.partial(_split, layout)
+  kernel = split(teacher.kernel.astype(hidden.dtype))
+  return (
+    lambda index: _product(split, _take(hidden, index), kernel),
+    lambda product: _as_wide(teacher.finish(product), size),
+  )
+
+
+def _product(split, x: Array, kernel: Array) -> Float32[Array, "n V"]:
+  product = jnp.einsum(
+    "nd,vd->nv", x, kernel, preferred_element_type=jnp.float32
+  )
+  return split(product, 1)
+
+
+def _accumulators(student, hidden, layout):
+  """Zeros for the gradients of hidden, kernel and bias; what adds to them."""
+  blocks = layout.mesh.shape[layout.classes] if layout.classes else 1
+  # A token's hidden state is met once: only shares of it are still to be added.
+  dtype = hidden.dtype if blocks == 1 else jnp.float32
+  zeros = (
+    _bits(jnp.zeros((blocks, *hidden.shape), dtype)),
+    jnp.zeros(student.kernel.shape, jnp.float32),
+    None if student.bias is None else jnp.zeros(student.bias.shape),
+  )
+  if layout.classes is None:
+    return zeros, _accumulate
+  whole, rows = PartitionSpec(), PartitionSpec(layout.classes)
+  columns = PartitionSpec(None, layout.classes)
+  # By hand over the classes, too: what they give a hidden state is left in as
+  # many shares as there are devices, and added up once, after the loop.
+  accumulate = jax.shard_map(
+    _accumulate,
+    axis_names={layout.classes},
+    in_specs=(rows, columns, whole, rows, whole),
+    out_specs=rows,
+    check_vma=False,
+  )
+  return jax.tree.map(functools.partial(_split, layout), zeros), accumulate
+
+
+def _accumulate(gradient, slope, x, kernel, index):
+  """Adds what a chunk's slope [n, V] gives hidden states, kernel and bias."""
+  by_hidden, by_kernel, by_bias = gradient
+  multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  cut = jax.lax.dynamic_slice_in_dim
+
+  shares = [multiply("nv,vd->nd", y, kernel) for y in _parts(slope, x.dtype)]
+  share = functools.reduce(jnp.add, shares)
+
+  def add(start, width, total):
+    more = multiply("nv,nd->vd", cut(slope, start, width, axis=1), x)
+    more += cut(total, start, width)
+    return jax.lax.dynamic_update_slice_in_dim(total, more, start, 0)
+
+  # A part at a time, so that no second array has the kernel's size.
+  size, step = kernel.shape[0], min(_CLASSES, kernel.shape[0])
+  by_kernel = jax.lax.fori_loop(
+    0, size // step, lambda n, total: add(n * step, step, total), by_kernel
+  )
+  if size % step:
+    by_kernel = add(size - size % step, size % step, by_kernel)
+  if by_hidden.dtype != jnp.float32:
+    share = _bits(share.astype(x.dtype))
+  by_hidden = by_hidden.at[0, index].set(share, mode="drop")
+  if by_bias is not None:
+    by_bias += slope.sum(0, dtype=jnp.float32)
+  return by_hidden, by_kernel, by_bias
+
+
+def _split(layout: Layout, x: Array, axis: int = 0) -> Array:
+  """x with the classes, along `axis`, on their devices."""
+  if layout.classes is None:
+    return x
+  spec = PartitionSpec(*[None] * axis, layout.classes)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _flat(x: Array, batch: tuple[int, ...]) -> Array:
+  return x.reshape(-1, *x.shape[len(batch) :])
+
+
+def _take(x: Array, index: Array) -> Array:
+  """Rows of x; 0 past its end."""
+  rows = jnp.take(_bits(x), index, axis=0, mode="fill", fill_value=0)
+  return _as(rows, x.dtype)
+
+
+# On CPU a gather or scatter of bfloat16 would convert the whole array to
+# float32 and, in a loop, back.
+def _bits(x: Array) -> Array:
+  half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+  return jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
+
+
+def _as(bits: Array, dtype: Any) -> Array:
+  if bits.dtype != jnp.uint16:
+    return bits
+  return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def _as_wide(logits: Array, size: int) -> Array:
+  """Classes beyond `size` left out, missing ones at -inf."""
+  logits = logits[..., :size]
+  missing = size - logits.shape[-1]
+  pad = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+  return jnp.pad(logits, pad, constant_values=-jnp.inf) if missing else logits
+
+
+def _parts(slope: Array, dtype: Any) -> list[Array]:
+  """Arrays of `dtype` that add up to the slope."""
+  if slope.dtype == dtype:
+    return [slope]
+  form = jnp.finfo(dtype)
+  # Not a cast and its inverse, which the compiler would leave out.
+  high = jax.lax.reduce_precision(slope, form.nexp, form.nmant)
+  return [high.astype(dtype), (slope - high).astype(dtype)]
+
+
+def _slope_dtype(dtype: Any) -> Any:
+  # Rounded, as other devices' products need it, the slope costs the gradients
+  # as much again as their own rounding; products with it are no faster on CPU.
+  return jnp.float32 if jax.default_backend() == "cpu" else dtype
+
+
+def _sizes(layout: Layout, num_tokens: int) -> tuple[int, int]:
+  """Tokens in a chunk, and of those how many f sees at once."""
+  on_cpu = jax.default_backend() == "cpu"
+  chunk = min(layout.chunk or (256 if on_cpu else 1024), max(num_tokens, 1))
+  # What f makes of a few rows stays in a core's cache.
+  tile = min(_ROWS if on_cpu else chunk, chunk)
+  return chunk + -chunk % tile, tile

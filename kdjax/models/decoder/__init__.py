@@ -1,0 +1,10 @@
+"""Causal language models of the families that the model hub is full of.
+
+`decoder` makes a `Model` of a checkpoint's config.json; `architecture` reads
+it. Everything is a pure function of a tree of arrays.
+"""
+
+from kdjax.models.decoder.architecture import Architecture, architecture
+from kdjax.models.decoder.network import decoder
+
+__all__ = ["Architecture", "architecture", "decoder"]

@@ -1,0 +1,206 @@
+"""A head split over devices by tokens and classes; a step that has one."""
+
+import functools
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kdjax import losses, totals
+from kdjax.errors import UserError
+from kdjax.losses import fused
+from kdjax.objective import Objective, Term, hinton
+from kdjax.train_step import init_state, jit_step, make_train_step
+from kdjax.types import LinearLogits, Model, Output, dense
+
+RNG = np.random.default_rng(0)
+TOKENS, WIDTH, CLASSES = (8, 6), 64, 96
+GOAL = Objective(
+  (
+    *hinton(alpha=0.3, temperature=2.0).terms,
+    Term("choice", losses.teacher_label, group="extra"),
+  )
+)
+
+
+def head(classes, width, num_classes):
+  return LinearLogits(
+    jnp.float32(RNG.normal(size=(*TOKENS, width))),
+    jnp.float32(RNG.normal(size=(classes, width)) / width**0.5),
+    jnp.float32(RNG.normal(size=classes)),
+    5.0,
+    num_classes=num_classes,
+  )
+
+
+STUDENT, TEACHER = head(CLASSES, WIDTH, 90), head(CLASSES + 8, 16, None)
+BATCH = {
+  # The first device has no token that counts, the others not equally many.
+  "mask": np.float32(RNG.random(TOKENS) < np.arange(8)[:, None] / 7),
+  "label": RNG.integers(0, 90, TOKENS),
+}
+BATCH["mask"][:2] = 0
+
+
+@functools.cache
+def mesh():
+  return jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  )
+
+
+def program(layout, goal=GOAL):
+  def run(student, teacher, batch):
+    def total(student):
+      divide_by = totals.denominators(goal.terms, batch)
+      parts, sums = totals.logit_terms(
+        goal.terms, student, teacher, batch, divide_by, jnp.int32(0), layout
+      )
+      return sum(parts.values()), sums
+
+    return jax.value_and_grad(total, has_aux=True)(student)
+
+  return jax.jit(run)
+
+
+def laid(tree, *spec):
+  sharding = NamedSharding(mesh(), PartitionSpec(*spec))
+  return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+
+
+def spread(logits):
+  return LinearLogits(
+    laid(logits.hidden, "data"),
+    laid(logits.kernel, "model"),
+    laid(logits.bias, "model"),
+    logits.softcap,
+    logits.scale,
+    logits.num_classes,
+  )
+
+
+LAYOUT = fused.Layout(chunk=8)
+
+
+def compiled(goal):
+  layout = LAYOUT._replace(mesh=mesh(), classes="model")
+  arguments = spread(STUDENT), spread(TEACHER), laid(BATCH, "data")
+  return program(layout, goal).lower(*arguments).compile(), arguments
+
+
+compiled_once = functools.cache(lambda: compiled(GOAL))
+
+
+def agrees_with_one_device(goal, run, arguments):
+  got, want = run(*arguments), program(LAYOUT, goal)(STUDENT, TEACHER, BATCH)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, got, want)
+  assert got[1].kernel.sharding.spec == PartitionSpec("model")
+
+
+def test_split_over_devices_equals_one_device():
+  agrees_with_one_device(GOAL, *compiled_once())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.LOGIT_LOSSES))
+def test_any_loss_split_over_devices_equals_one_device(name):
+  loss = losses.LOGIT_LOSSES[name]
+  if losses.traits(loss).couples:
+    pytest.skip("refused")
+  softens = "temperature" in inspect.signature(loss).parameters
+  goal = Objective((Term("one", loss, temperature=2.0 if softens else None),))
+  agrees_with_one_device(goal, *compiled(goal))
+
+
+COLLECTIVE = re.compile(
+  r" = (.*) (all-reduce|all-gather|all-to-all|collective-permute|"
+  r"reduce-scatter)(?:-start)?\((.*)"
+)
+
+
+def largest(shapes):
+  sizes = [
+    np.prod([int(n) for n in dims.split(",") if n], dtype=int)
+    for dims in re.findall(r"[a-z]\w*\[([\d,]*)\]", shapes)
+  ]
+  return max(sizes)
+
+
+def test_only_few_numbers_travel_in_the_loop():
+  """Nothing of head, hidden states or logits: a few numbers for each token."""
+  run, _ = compiled_once()
+  found = COLLECTIVE.findall(run.as_text())
+  loops = [f for f in found if "/while/" in f[2]]
+  assert len(loops) > 3
+  chunk = 8
+  for shapes, kind, _ in loops:
+    # The teacher's choice is gathered from its devices: 2 for each token.
+    assert largest(shapes) <= 2 * chunk, (kind, shapes)
+  # Outside it the gradients are added up, and the teacher's kernel is cut to
+  # the student's classes: each device its own part.
+  for shapes, kind, _ in found:
+    assert kind != "all-gather" or largest(shapes) <= 2 * chunk, shapes
+    assert largest(shapes) <= CLASSES // 2 * WIDTH, (kind, shapes)
+
+
+def test_classes_that_the_mesh_does_not_divide_are_refused():
+  odd = head(CLASSES + 1, WIDTH, None)
+  layout = LAYOUT._replace(mesh=mesh(), classes="model")
+  with pytest.raises(UserError, match=r"97 rows.*2 devices.*to 98 and set num"):
+    program(layout)(odd, None, BATCH)
+
+
+def language_model(linear, width=5, padding=2):
+  """Embeddings that are the head as well."""
+
+  def init(key, batch):
+    shape = (11 + padding, width)
+    return {"embedding": jax.random.normal(key, shape) / width**0.5}, {}
+
+  def apply(params, stats, batch, *, train, key=None, taps=()):
+    hidden = jnp.tanh(params["embedding"][batch["tokens"]])
+    logits = LinearLogits(hidden, params["embedding"], num_classes=11)
+    return Output(logits if linear else dense(logits)[..., :11]), stats
+
+  return Model(init, apply)
+
+
+TEXT = {
+  "tokens": RNG.integers(0, 11, (8, 5)),
+  "label": RNG.integers(0, 11, (8, 5)),
+  "mask": np.float32(RNG.random((8, 5)) > 0.4),
+}
+
+
+def one_step(linear, **options):
+  student = language_model(linear)
+  teacher = language_model(linear, width=7, padding=3)
+  goal, optimizer = hinton(alpha=0.5, temperature=2.0), optax.sgd(0.5)
+  frozen = teacher.init(jax.random.key(1), TEXT)
+  state = init_state(
+    student, teacher, goal, optimizer, jax.random.key(0), TEXT, frozen=frozen
+  )
+  train_step = make_train_step(student, teacher, goal, optimizer, **options)
+  on = options["layout"].mesh if options.get("layout") else None
+  step = jit_step(train_step, on) if on else jax.jit(train_step)
+  state, metrics = step(state, frozen, TEXT)
+  return state.params, metrics
+
+
+def test_step_agrees_with_that_of_the_whole_logits():
+  layout = fused.Layout(chunk=3, mesh=mesh())
+  got = one_step(linear=True, microbatches=2, layout=layout)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, got, one_step(linear=False))
+
+
+def test_term_that_reads_the_logits_as_a_tap_is_refused():
+  output = Output(STUDENT)
+  with pytest.raises(UserError, match=r"tap 'logits', and the head is not"):
+    totals.activation(output, "logits")
