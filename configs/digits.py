@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 def get_config(arg: str = "") -> ConfigDict:
   smoke = arg == "smoke"  # seconds on a CPU; the tests run every config so
   c = ConfigDict()
+  c.task = "image"
   c.seed = 0
   c.seeds = 1
 

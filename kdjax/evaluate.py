@@ -7,9 +7,16 @@ ece         expected calibration error: Σ over 15 equal bins of confidence
             2017, section 3)
 agreement   share of examples on which student and teacher name one class
 kl          KL(teacher ‖ student) at T = 1, nats per example
+
+Of texts, whose examples are tokens, besides:
+
+perplexity     exp(nll)
+bits_per_byte  Σ nll / (log 2 · bytes of the text), which networks of different
+               tokenizers can be compared by
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,12 +94,17 @@ def finish(total: dict[str, Any]) -> dict[str, float]:
   weight = float(total["weight"])
   if weight == 0:
     raise errors.UserError("nothing to evaluate: every example is masked")
-  return {
+  found = {
     name: float(np.abs(np.asarray(value)).sum() if name == "ece" else value)
     / weight
     for name, value in total.items()
-    if name != "weight"
+    if name not in ("weight", "bytes")
   }
+  if "bytes" in total:
+    found["perplexity"] = math.exp(min(found["nll"], 700.0))
+    per_byte = float(total["nll"]) / float(total["bytes"])
+    found["bits_per_byte"] = per_byte / math.log(2)
+  return found
 
 
 def make_evaluate(
@@ -104,8 +116,8 @@ def make_evaluate(
   """`evaluate(variables, frozen, batches) -> {metric: value}`, compiled once.
 
   `variables` and `frozen` are the `(params, stats)` of student and teacher;
-  `batches` need `mask` and `label`. Without a teacher `frozen` is ignored.
-  `layout` is that of `make_train_step`.
+  `batches` need `mask` and `label`, those of texts `num_bytes` too. Without a
+  teacher `frozen` is ignored. `layout` is that of `make_train_step`.
   """
   mesh = mesh or parallel.make_mesh()
 
@@ -116,7 +128,11 @@ def make_evaluate(
     if teacher is not None:
       params, stats = frozen
       target = teacher.apply(params, stats, batch, train=False)[0].logits
-    return output_sums(logits, batch["label"], batch["mask"], target, layout)
+    mask = batch["mask"]
+    total = output_sums(logits, batch["label"], mask, target, layout)
+    if "num_bytes" in batch:
+      total["bytes"] = jnp.sum(mask * batch["num_bytes"])
+    return total
 
   def evaluate(variables, frozen, batches):
     total = None

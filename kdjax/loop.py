@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from kdjax import checkpoint, errors, losses, objective, parallel
 from kdjax.evaluate import make_evaluate, num_parameters
+from kdjax.losses.fused import Layout
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
@@ -72,6 +73,7 @@ def distill(
   transform: Callable[[Batch, Array], Batch] | None = None,
   shown: dict[str, Schedule] | None = None,
   mesh: Mesh | None = None,
+  layout: Layout | None = None,
   folder: str | Path | None = None,
   save_every: int = 1000,
   keep_last: int = 2,
@@ -98,6 +100,7 @@ def distill(
     microbatches, gradients_by_group, transform, shown: as for
       `make_train_step`.
     mesh: default, all devices along `data`.
+    layout: as for `make_train_step`; default, tokens along `data`.
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
     save_every: updates between evaluations and checkpoints.
@@ -111,6 +114,7 @@ def distill(
     DivergedError: when a loss or gradient is not finite, naming the update.
   """
   mesh = mesh or parallel.make_mesh()
+  layout = layout or Layout(mesh=mesh if mesh.size > 1 else None)
   optimizer = optimizer or optax.adamw(1e-3)
   if steps < 1 or save_every < 1:
     raise errors.UserError(
@@ -148,6 +152,7 @@ def distill(
       gradients_by_group=gradients_by_group,
       transform=transform,
       shown=shown,
+      layout=layout,
     ),
     mesh,
     shardings,
@@ -175,7 +180,8 @@ def distill(
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
-      test = _evaluator(student, teacher, mesh, frozen, evaluate_on)
+      run = make_evaluate(student, teacher, mesh, layout)
+      test = functools.partial(_test, run, frozen, evaluate_on)
 
     pending, last = None, {}
     for step in range(start + 1, steps + 1):
@@ -294,20 +300,14 @@ def _report(
   return values
 
 
-def _evaluator(
-  student: Model,
-  teacher: Model | None,
-  mesh: Mesh,
+def _test(
+  run: Callable[..., dict[str, float]],
   frozen: PyTree,
   batches: Iterable[Batch],
-) -> Callable[[TrainState], dict[str, float]]:
-  run = make_evaluate(student, teacher, mesh)
-
-  def test(state: TrainState) -> dict[str, float]:
-    got = run((state.params, state.stats), frozen, batches)
-    return {f"eval/{name}": value for name, value in got.items()}
-
-  return test
+  state: TrainState,
+) -> dict[str, float]:
+  got = run((state.params, state.stats), frozen, batches)
+  return {f"eval/{name}": value for name, value in got.items()}
 
 
 def _describe(

@@ -192,6 +192,7 @@ def _base(smoke: bool) -> Config:
   network = dict(num_classes=0, checkpoint="", drop_head=False, dtype="float32")
   return ConfigDict(
     dict(
+      task="image",
       seed=0,
       seeds=1 if smoke else 3,
       data=dict(

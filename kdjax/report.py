@@ -11,6 +11,9 @@ NETWORKS = ("teacher", "student_alone", "student_distilled")
 _COLUMNS = {
   "parameters": ("parameters", 1, ",.0f"),
   "flops": ("MFLOP/example", 1e-6, ".2f"),
+  "flops_per_token": ("MFLOP/token", 1e-6, ".2f"),
+  "bits_per_byte": ("bits/byte", 1, ".4f"),
+  "perplexity": ("perplexity", 1, ".2f"),
   "accuracy": ("accuracy %", 100, ".2f"),
   "nll": ("NLL", 1, ".4f"),
   "ece": ("ECE %", 100, ".2f"),
@@ -27,11 +30,15 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
     `student_distilled` that were trained; `stderr`, of the same form, the
     standard errors of these means (None for one seed); `gain`, distilled minus
     alone, seed by seed, as `{metric: {mean, stderr}}` where there are both;
-    `seeds`, the runs; `versions`.
+    `seeds`, the runs; `versions`. Metrics are those that the task has.
   """
   there = [n for n in NETWORKS if n in runs[0]]
   values = {
-    network: {m: [run[network][m] for run in runs] for m in _COLUMNS}
+    network: {
+      m: [run[network][m] for run in runs]
+      for m in _COLUMNS
+      if m in runs[0][network]
+    }
     for network in there
   }
   results: dict[str, Any] = {
@@ -44,8 +51,8 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
   }
   if {"student_alone", "student_distilled"} <= set(there):
     results["gain"] = {}
-    for m in _COLUMNS:
-      pairs = zip(values["student_distilled"][m], values["student_alone"][m])
+    for m, distilled in values["student_distilled"].items():
+      pairs = zip(distilled, values["student_alone"][m])
       gains = [ours - alone for ours, alone in pairs]
       results["gain"][m] = {
         "mean": statistics.fmean(gains),
@@ -59,23 +66,47 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
   """A row a network, a column a metric; ± is one standard error."""
-  rows = [["", *(heading for heading, _, _ in _COLUMNS.values())]]
-  for network in results["stderr"]:
+  measured = set().union(*results["stderr"].values())
+  columns = {m: _COLUMNS[m] for m in _COLUMNS if m in measured}
+  rows = [["", *(heading for heading, _, _ in columns.values())]]
+  for network, errors in results["stderr"].items():
     row = [network.replace("_", " ")]
-    for metric, (_, factor, form) in _COLUMNS.items():
-      error = results["stderr"][network][metric]
+    for metric, (_, factor, form) in columns.items():
+      if metric not in errors:  # no teacher to compare with
+        row.append("")
+        continue
+      error = errors[metric]
       value = f"{results[network][metric] * factor:{form}}"
       row.append(f"{value} ± {error * factor:{form}}" if error else value)
     rows.append(row)
   lines = aligned(rows)
-  if "gain" not in results:
-    return "\n".join(lines)
-  gain = results["gain"]["accuracy"]
-  line = f"distillation gains {100 * gain['mean']:+.2f} points of accuracy"
-  count = len(results["seeds"])
-  if gain["stderr"] is not None:
-    line += f" ± {100 * gain['stderr']:.2f} (standard error, {count} seeds)"
-  return "\n".join([*lines, line])
+  if "gain" in results:
+    lines.append(_gained(results))
+  return "\n".join([*lines, *_samples(results["seeds"][0])])
+
+
+def _gained(results: dict[str, Any]) -> str:
+  gain, count = results["gain"], len(results["seeds"])
+  if "bits_per_byte" in gain:
+    metric, form, sign = "bits_per_byte", "saves {:+.4f} bits per byte", -1
+  else:
+    metric, form, sign = "accuracy", "gains {:+.2f} points of accuracy", 100
+  mean, error = gain[metric]["mean"], gain[metric]["stderr"]
+  line = f"distillation {form.format(sign * mean)}"
+  if error is not None:
+    digits = 4 if sign == -1 else 2
+    line += f" ± {abs(sign) * error:.{digits}f}"
+    line += f" (standard error, {count} seeds)"
+  return line
+
+
+def _samples(run: dict[str, dict[str, Any]]) -> list[str]:
+  """What the first seed's networks write after the first prompt."""
+  lines = []
+  for network, measured in run.items():
+    for prompt, written in measured.get("samples", ())[:1]:
+      lines += ["", f"{network.replace('_', ' ')} writes:", f"{prompt}{written}"]
+  return lines
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 import kdjax.config as configuration
 from kdjax import errors, metrics, report
-from kdjax.experiment import Experiment
+from kdjax.experiment import experiment, run
 
 
 def train(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
   """
   configuration.check_keys(config)
   workdir = Path(workdir)
-  experiment = Experiment(config)
+  checked = experiment(config)
   _claim(workdir, config)
   seeds = range(config.seed, config.seed + config.seeds)
-  runs = [experiment.run(workdir / f"seed_{s}", s) for s in seeds]
+  runs = [run(checked, workdir / f"seed_{s}", s) for s in seeds]
   results = report.summary(runs)
   metrics.write_json(workdir / "results.json", results)
   return results

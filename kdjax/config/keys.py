@@ -1,4 +1,4 @@
-"""The keys of a config: every one must be there, and no other."""
+"""The keys of a config: every one of its task must be there, and no other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,42 +8,34 @@ from ml_collections import ConfigDict
 from kdjax import errors
 from kdjax.config.values import plain
 
-_PHASE = {"steps": int, "microbatches": int, "mixup": float, "optimizer": ...}
-_NETWORK = {
+_PHASE = {"steps": int, "microbatches": int, "optimizer": ...}
+_IMAGE_NETWORK = {
   "model": ...,
   "num_classes": int,
   "checkpoint": str,
   "drop_head": bool,
   "dtype": str,
 }
+_TEXT_NETWORK = {
+  "path": str,
+  "model": ...,
+  "tokenizer": str,
+  "dtype": str,
+  "remat": str,
+}
 _AT_LEAST_ONE = {
   "seeds",
   "microbatches",
   "batch_size",
   "eval_batch_size",
+  "sequence_length",
   "save_every",
   "keep_last",
 }
-KEYS: dict[str, Any] = {
+_EVERY_TASK: dict[str, Any] = {
+  "task": str,
   "seed": int,
   "seeds": int,
-  "data": {
-    "name": str,
-    "data_dir": str,
-    "train_split": str,
-    "eval_split": str,
-    "labelled": int,
-    "image_size": int,
-    "padding": int,
-    "flip": bool,
-    "mean": tuple,
-    "std": tuple,
-    "batch_size": int,
-    "eval_batch_size": int,
-  },
-  "teacher": _NETWORK,
-  "student": {**_NETWORK, "classifier": str},
-  "phases": {"teacher": _PHASE, "alone": _PHASE, "distilled": _PHASE},
   "alpha": ...,
   "hard_weight": ...,
   "soft_weight": ...,
@@ -55,16 +47,77 @@ KEYS: dict[str, Any] = {
   "keep_last": int,
   "keep_best": int,
 }
+KEYS: dict[str, dict[str, Any]] = {
+  "image": {
+    **_EVERY_TASK,
+    "data": {
+      "name": str,
+      "data_dir": str,
+      "train_split": str,
+      "eval_split": str,
+      "labelled": int,
+      "image_size": int,
+      "padding": int,
+      "flip": bool,
+      "mean": tuple,
+      "std": tuple,
+      "batch_size": int,
+      "eval_batch_size": int,
+    },
+    "teacher": _IMAGE_NETWORK,
+    "student": {**_IMAGE_NETWORK, "classifier": str},
+    "phases": {
+      name: {**_PHASE, "mixup": float}
+      for name in ("teacher", "alone", "distilled")
+    },
+  },
+  "text": {
+    **_EVERY_TASK,
+    "data": {
+      "name": str,
+      "path": str,
+      "field": str,
+      "data_dir": str,
+      "train_split": str,
+      "eval_split": str,
+      "eval_path": str,
+      "eval_share": float,
+      "skip_empty": bool,
+      "sequence_length": int,
+      "teacher_length": int,
+      "batch_size": int,
+      "eval_batch_size": int,
+    },
+    "teacher": _TEXT_NETWORK,
+    "student": {**_TEXT_NETWORK, "inherit": ..., "lora": ...},
+    "phases": {name: _PHASE for name in ("teacher", "alone", "distilled")},
+    "head": str,
+    "sample": {
+      "prompts": tuple,
+      "max_new_tokens": int,
+      "temperature": float,
+      "top_p": float,
+    },
+  },
+}
 
 
-def check_keys(
-  config: Mapping[str, Any], keys: Mapping[str, Any] = KEYS, at: str = "config"
-) -> None:
-  """Refuses unknown, missing and wrongly typed keys.
+def check_keys(config: Mapping[str, Any]) -> None:
+  """Refuses unknown, missing and wrongly typed keys, and an unknown task.
 
   Raises:
     UserError: names the key and, for an unknown one, the nearest known.
   """
+  if "task" not in config:
+    raise errors.UserError(
+      f"config.task is missing: add it to the config, one of {', '.join(KEYS)}"
+    )
+  _check(config, errors.choose("task", config["task"], KEYS))
+
+
+def _check(
+  config: Mapping[str, Any], keys: Mapping[str, Any], at: str = "config"
+) -> None:
   for name in config:
     if name not in keys:
       raise errors.unknown("key", f"{at}.{name}", [f"{at}.{k}" for k in keys])
@@ -75,7 +128,7 @@ def check_keys(
     if isinstance(kind, Mapping):
       if not isinstance(value, Mapping | ConfigDict):
         raise errors.UserError(f"{at}.{name} is {value!r}, must be a mapping")
-      check_keys(plain(value), kind, f"{at}.{name}")
+      _check(plain(value), kind, f"{at}.{name}")
     elif kind is not ...:
       accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
       if not isinstance(value, accepted) or (

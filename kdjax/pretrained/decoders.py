@@ -74,12 +74,7 @@ def read(
       surplus or of another shape or dtype.
   """
   tensors = open_tensors(source, revision)
-  if not tensors.config:
-    raise UserError(
-      f"{source} has no {CONFIG}, which says what the tensors compute: put it "
-      "beside them"
-    )
-  net = architecture(tensors.config, ignore=ignore)
+  net = _architecture(source, tensors.config, ignore)
   found = unprefixed(places(net), tensors)
   decoder_names.check(source, net, found, tensors)
   layout = _by_path(shardings, shapes(net))
@@ -95,6 +90,28 @@ def read(
 
   flat = {path: array(path, shape) for path, shape in shapes(net).items()}
   return net, nested(flat)
+
+
+def read_architecture(
+  source: str | Path,
+  *,
+  revision: str | None = None,
+  ignore: Collection[str] = (),
+) -> Architecture:
+  """The architecture of a checkpoint, as `read` would find it."""
+  tensors = open_tensors(source, revision)
+  return _architecture(source, tensors.config, ignore)
+
+
+def _architecture(
+  source: str | Path, config: Mapping[str, Any], ignore: Collection[str]
+) -> Architecture:
+  if not config:
+    raise UserError(
+      f"{source} has no {CONFIG}, which says what the tensors compute: put it "
+      "beside them"
+    )
+  return architecture(config, ignore=ignore)
 
 
 def _part(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 - makes bfloat16 a dtype that NumPy knows
 import numpy as np
 
+from kdjax.data.text.tokenizer import FILES as TOKENIZER_FILES
 from kdjax.errors import UserError
 
 WEIGHTS, INDEX, CONFIG = (
@@ -72,9 +73,7 @@ def open_tensors(source: str | Path, revision: str | None = None) -> Tensors:
   Raises:
     UserError: nothing there, a pickle, a truncated or corrupt file.
   """
-  path = Path(source)
-  if not path.exists():
-    path = _download(str(source), revision)
+  path = local(source, revision)
   files = _shards(path) if path.is_dir() else [path]
   held, shapes, dtypes = {}, {}, {}
   for file in files:
@@ -95,6 +94,12 @@ def open_tensors(source: str | Path, revision: str | None = None) -> Tensors:
     lambda name, part: held[name].get_slice(name)[part],
     _json(folder / CONFIG) if (folder / CONFIG).exists() else {},
   )
+
+
+def local(source: str | Path, revision: str | None = None) -> Path:
+  """The file or folder, downloaded first if it is a name on the hub."""
+  path = Path(source)
+  return path if path.exists() else _download(str(source), revision)
 
 
 def _open(file: Path) -> Any:
@@ -178,7 +183,8 @@ def _download(name: str, revision: str | None) -> Path:
   try:
     from huggingface_hub import snapshot_download
 
-    wanted = ["model*.safetensors", INDEX, CONFIG]
+    # Of language models the tokenizer, too.
+    wanted = ["model*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES]
     return Path(
       snapshot_download(name, revision=revision, allow_patterns=wanted)
     )

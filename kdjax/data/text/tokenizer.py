@@ -28,6 +28,14 @@ from kdjax.data.text.offsets import (
 )
 from kdjax.types import UserError
 
+# What `from_folder` reads.
+FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "chat_template.jinja",
+)
+
 END, PAD, *_ = SPECIALS = (
   "<|endoftext|>",
   "<|pad|>",
@@ -108,14 +116,7 @@ def from_folder(folder: str | os.PathLike[str]) -> Tokenizer:
   """
   folder = pathlib.Path(folder).expanduser()
   files = {
-    name: _text(folder / name)
-    for name in (
-      "tokenizer.json",
-      "tokenizer_config.json",
-      "special_tokens_map.json",
-      "chat_template.jinja",
-    )
-    if (folder / name).is_file()
+    name: _text(folder / name) for name in FILES if (folder / name).is_file()
   }
   if "tokenizer.json" not in files:
     raise UserError(

@@ -5,6 +5,7 @@ it. Everything is a pure function of a tree of arrays.
 """
 
 from kdjax.models.decoder.architecture import Architecture, architecture
+from kdjax.models.decoder.cost import flops_per_token
 from kdjax.models.decoder.network import decoder
 
-__all__ = ["Architecture", "architecture", "decoder"]
+__all__ = ["Architecture", "architecture", "decoder", "flops_per_token"]

@@ -1,0 +1,109 @@
+"""Code: a Llama of 1.4 M parameters teaches one of 0.2 M, on a CPU.
+
+    python -m kdjax.train --config=configs/code_lm.py --workdir=runs/lm
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  smoke = arg == "smoke"  # seconds on a CPU; the tests run every config so
+  c = ConfigDict()
+  c.task = "text"
+  c.seed = 0
+  c.seeds = 1
+
+  c.data = ConfigDict()
+  c.data.name = "python_sources"  # or a prepared TFDS dataset
+  c.data.path = ""  # instead of a name: files, by commas or a pattern
+  c.data.field = "text"  # of a record: a text, or a list of messages
+  c.data.data_dir = ""  # "" = the usual place for data sets
+  c.data.train_split = "train"
+  c.data.eval_split = "test"
+  c.data.eval_path = ""  # of files: others to evaluate on, or
+  c.data.eval_share = 0.05  # a share of their documents, set apart
+  c.data.skip_empty = False
+  c.data.sequence_length = 32 if smoke else 128
+  c.data.teacher_length = 0  # with another tokenizer; 0 = as the student's
+  c.data.batch_size = 8 if smoke else 16
+  c.data.eval_batch_size = 64
+
+  def llama(width: int, depth: int, heads: int) -> dict:
+    return dict(
+      model_type="llama",
+      vocab_size=1024,
+      hidden_size=width,
+      intermediate_size=3 * width,
+      num_hidden_layers=depth,
+      num_attention_heads=heads,
+      num_key_value_heads=heads,
+      max_position_embeddings=512,
+      rms_norm_eps=1e-6,
+      rope_theta=10000.0,
+      hidden_act="silu",
+      initializer_range=0.02,
+      tie_word_embeddings=True,
+    )
+
+  def network(model: dict) -> ConfigDict:
+    return ConfigDict(
+      dict(
+        path="",  # pretrained weights, or a run; "" = from scratch
+        model=model,  # what its config.json would hold
+        tokenizer="bpe:1024",  # "" = that of `path`, or of the other
+        dtype="float32",
+        remat="none",
+      )
+    )
+
+  c.teacher = network(llama(16, 1, 2) if smoke else llama(160, 4, 5))
+  c.student = network(llama(8, 1, 2) if smoke else llama(64, 3, 4))
+  c.student.inherit = ConfigDict()
+  c.student.lora = ConfigDict()
+  c.head = "dense"  # "linear": logits are never all there at once
+
+  def phase(rate: float, steps: int) -> dict:
+    steps = 3 if smoke else steps
+    return dict(
+      steps=steps,
+      microbatches=1,
+      optimizer=dict(
+        name="adamw",
+        learning_rate=dict(
+          schedule="warmup_cosine_decay_schedule",
+          init_value=0.0,
+          peak_value=rate,
+          warmup_steps=max(steps // 20, 1),
+          decay_steps=steps,
+        ),
+        b2=0.95,
+        weight_decay=0.1,
+        decay_on="kernels",
+        clip=1.0,
+      ),
+    )
+
+  c.phases = ConfigDict()  # one of 0 steps is left out
+  c.phases.teacher = phase(3e-3, 1500)
+  c.phases.alone = phase(6e-3, 2000)
+  c.phases.distilled = phase(6e-3, 2000)
+
+  # total = alpha * hard + (1 - alpha) * T**2 * soft; numbers or schedules.
+  c.alpha = 0.1
+  c.hard_weight = None
+  c.soft_weight = None
+  c.temperature = 1.0
+  c.hard = dict(name="cross_entropy", label_smoothing=0.0)
+  c.soft = dict(name="kl")
+  c.terms = ConfigDict()
+
+  c.sample = ConfigDict()
+  c.sample.prompts = ("def read(self, size",)
+  c.sample.max_new_tokens = 8 if smoke else 64
+  c.sample.temperature = 0.0  # 0 = the most probable token each time
+  c.sample.top_p = 1.0
+
+  c.save_every = 3 if smoke else 500
+  c.keep_last = 2
+  c.keep_best = 1
+  return c

@@ -1,0 +1,145 @@
+"""A config's texts, tokenizers and decoders."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kdjax import checkpoint, errors, parallel, pretrained
+from kdjax.config.network import dtype
+from kdjax.config.values import plain
+from kdjax.data import text
+from kdjax.data.digits import default_folder
+from kdjax.data.text import corpus
+from kdjax.models.decoder import Architecture, architecture, decoder
+from kdjax.pretrained import decoders
+from kdjax.types import Model, Params
+
+PYTHON_SOURCES = "python_sources"
+
+
+def documents(config: Mapping[str, Any]) -> tuple[text.Documents, ...]:
+  """The training and the held-out documents that `config.data` names.
+
+  By `name`: `python_sources`, or a prepared TFDS dataset, and two splits. With
+  no name, files: `path`, and `eval_path` or a share of `path`.
+  """
+  name, path = config["name"], config["path"]
+  if bool(name) == bool(path):
+    raise errors.UserError(
+      f"got data.name={name!r}, data.path={path!r}: name one of the two, files "
+      f"by path, or {PYTHON_SOURCES!r} or a TFDS dataset by name"
+    )
+  splits = config["train_split"], config["eval_split"]
+  if name == PYTHON_SOURCES:
+    at = config["data_dir"] or None
+    return tuple(corpus.documents(split, data_dir=at) for split in splits)
+  if name:
+    kept = dict(field=config["field"], data_dir=config["data_dir"] or None)
+    return tuple(text.from_tfds(name, split, **kept) for split in splits)
+  found = text.read(path.split(","), field=config["field"])
+  if config["eval_path"]:
+    held_out = text.read(config["eval_path"].split(","), field=config["field"])
+    return found, held_out
+  return text.hold_out(found, config["eval_share"])
+
+
+def token_folder(config: Mapping[str, Any]) -> Path:
+  """Where tokens are kept: beside the data sets."""
+  return Path(config["data_dir"] or default_folder()).expanduser()
+
+
+def tokenizer(
+  name: str, checkpoint: Path | None, data_dir: str
+) -> text.Tokenizer | None:
+  """The tokenizer of a network; None where nothing names one.
+
+  Args:
+    name: "bytes"; "bpe:SIZE", trained on the sources of Python; a folder; or
+      "" for that of the checkpoint.
+    checkpoint: its folder.
+    data_dir: where a trained one is kept; "" = the usual place.
+  """
+  if name == "bytes":
+    return text.byte_level()
+  if name.startswith("bpe:"):
+    size = name.removeprefix("bpe:")
+    if not size.isdigit():
+      raise errors.UserError(
+        f"got the tokenizer {name!r}, needs a size: write bpe:1024"
+      )
+    return corpus.bpe(vocab_size=int(size), data_dir=data_dir or None)
+  if name:
+    return text.from_folder(name)
+  if checkpoint is not None:
+    return text.from_folder(checkpoint)
+  return None
+
+
+def checkpoint_folder(config: Mapping[str, Any]) -> Path | None:
+  """The folder of a network's pretrained weights; None where it has none."""
+  path = config["path"]
+  if not path or not pretrained.is_weights(path):
+    return None
+  return pretrained.local(path)
+
+
+def net(
+  config: Mapping[str, Any], folder: Path | None, what: str
+) -> Architecture:
+  """The decoder of a checkpoint's config.json, or of `config.model`."""
+  told = plain(config["model"])
+  if folder is not None:
+    if told:
+      raise errors.UserError(
+        f"{what} has a path to weights and a model: the weights' config.json "
+        f"says what the network is; set {what}.model to {{}}"
+      )
+    return decoders.read_architecture(folder)
+  if not told:
+    raise errors.UserError(
+      f"{what} has neither a path to weights nor a model: set {what}.path, or "
+      f"{what}.model to what a config.json holds"
+    )
+  return architecture(told)
+
+
+def causal_lm(
+  made: Architecture, config: Mapping[str, Any], head: str, num_classes: int
+) -> Model:
+  """The network as a `Model`, its head as `config.head` says."""
+  return decoder(
+    made,
+    head=head,
+    num_classes=num_classes,
+    dtype=dtype(config["dtype"]),
+    remat=config["remat"],
+  )
+
+
+def decoder_params(
+  config: Mapping[str, Any],
+  made: Architecture,
+  model: Model,
+  mesh: Mesh,
+  *,
+  stored: Any = None,
+) -> Params | None:
+  """The weights of `config.path`; None where it names nothing.
+
+  Args:
+    stored: the dtype of the arrays; None = float32, for what is trained.
+  """
+  path = config["path"]
+  if not path:
+    return None
+  if pretrained.is_weights(path):
+    kind = stored or dtype("float32")
+    return decoders.read(
+      path, dtype=kind, shardings=parallel.replicated(mesh)
+    )[1]
+  inside = Path(path) / "checkpoints"
+  like = jax.eval_shape(model.init, jax.random.key(0), {})
+  return checkpoint.load_params(inside if inside.exists() else path, like)[0]

@@ -1,0 +1,206 @@
+"""Image classifiers: the data and networks of a config, and their phases."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+import kdjax.config as configuration
+from kdjax import (
+  adapters,
+  data,
+  errors,
+  evaluate,
+  losses,
+  objective,
+  parallel,
+  simkd,
+)
+from kdjax.experiment import phases
+from kdjax.loop import distill
+from kdjax.objective import Term
+from kdjax.preflight import check_outputs
+from kdjax.types import Model, Variables
+
+
+class ImageExperiment:
+  """See `phases.Experiment`."""
+
+  def __init__(self, config: Any):
+    self.config = config
+    c = config.data
+    source = data.load(c.name, c.train_split, data_dir=c.data_dir or None)
+    held_out = data.load(c.name, c.eval_split, data_dir=c.data_dir or None)
+    for part in (source, held_out):
+      data.check_labels(part)
+    if c.labelled:
+      data.labelled_mask(source, c.labelled, seed=config.seed)
+    self.source = source
+    channels = int(source.image_shape[-1] or 0)
+    self.teacher, self.student = (
+      configuration.model(network, source.num_classes, channels)
+      for network in (config.teacher, config.student)
+    )
+    self.mesh = parallel.make_mesh()
+    self.optimizers = phases.optimizers(config, self.mesh)
+    self.eval_batches = data.eval_batches(
+      held_out,
+      batch_size=phases.eval_rows(config, self.mesh),
+      mean=c.mean,
+      std=c.std,
+      transform=configuration.eval_transform(c),
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    self.example = next(iter(self.eval_batches))
+    self.start = configuration.loaded(
+      config.student, self.student, self.example
+    )
+    # Once for both: SimKD's student is traced to be made.
+    frozen = self._frozen_shapes()
+    student, _ = self._distilled(frozen, 0)
+    self.goal = self._goal(student, frozen)
+    phases.check_goal(config, self.goal, named=bool(config.teacher.checkpoint))
+    self._trace(student, frozen)
+    self.evaluators: dict[Model, Any] = {}
+    self.loaded = configuration.loaded(
+      config.teacher, self.teacher, self.example
+    )
+    if self.loaded is not None:
+      student = jax.eval_shape(
+        self.student.init, jax.random.key(0), self.example
+      )
+      check_outputs(
+        self.student, self.teacher, student, self.loaded, self.example
+      )
+
+  def train(
+    self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
+  ) -> Variables:
+    """`(params, stats)` of the phase's network, trained from where it was."""
+    c = self.config
+    labelled, source = None, self.source
+    if c.data.labelled:
+      labelled = data.labelled_mask(self.source, c.data.labelled, seed=seed)
+    if phase == "teacher":
+      network, start, labelled = self.teacher, None, None
+      terms: Any = [Term("hard", losses.cross_entropy, group="hard")]
+    elif phase == "alone":
+      network, start = self.student, self.start
+      terms = [dataclasses.replace(self.goal.terms[0], weight=1.0)]
+      if labelled is not None:
+        source, labelled = data.select(self.source, labelled), None
+    else:
+      network, start = self._distilled(frozen, seed)
+      terms = self.goal
+    taught = phase == "distilled"
+    batches = data.train_batches(
+      source,
+      batch_size=c.data.batch_size,
+      seed=seed,
+      mean=c.data.mean,
+      std=c.data.std,
+      augment=configuration.augment(c.data),
+      labelled=labelled,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    return distill(
+      student=network,
+      teacher=self.teacher if taught else None,
+      teacher_variables=frozen if taught else (),
+      train=batches,
+      evaluate_on=self.eval_batches,
+      terms=terms,
+      student_variables=start,
+      transform=configuration.mixup(c.phases[phase], source.num_classes),
+      mesh=self.mesh,
+      folder=folder,
+      **phases.of_distill(c, phase, seed, self.optimizers[phase]),
+    ).variables
+
+  def stored(self, variables: Variables) -> Variables:
+    """The teacher's parameters in its dtype; statistics stay float32."""
+    params, stats = variables
+    dtype = configuration.dtype(self.config.teacher.dtype)
+    return adapters.cast(params, dtype), stats
+
+  def measure(
+    self, phase: str, variables: Variables, frozen: PyTree
+  ) -> dict[str, float]:
+    """Size, cost and quality of a phase's network on the held-out images."""
+    network = {
+      "teacher": lambda: self.teacher,
+      "alone": lambda: self.student,
+      "distilled": lambda: self._distilled(frozen, 0)[0],
+    }[phase]()
+    if network not in self.evaluators:
+      self.evaluators[network] = evaluate.make_evaluate(
+        network, self.teacher, self.mesh
+      )
+    deployed = simkd.deployed(variables)
+    return {
+      "parameters": evaluate.num_parameters(deployed),
+      "flops": evaluate.flops_per_example(network, variables, self.example),
+      **self.evaluators[network](variables, frozen, self.eval_batches),
+    }
+
+  def _goal(self, student: Model, frozen: PyTree) -> objective.Objective:
+    """The objective, its taps chosen from those that the networks have."""
+    if not self.config.terms:
+      return configuration.goal(self.config)
+    variables = jax.eval_shape(student.init, jax.random.key(0), self.example)
+    return configuration.goal(
+      self.config,
+      adapters.tap_specs(student, variables, self.example),
+      adapters.tap_specs(self.teacher, frozen, self.example),
+      len(self.source),
+    )
+
+  def _frozen_shapes(self) -> PyTree:
+    """The shapes of the teacher's variables; its classifier in zeros."""
+    params, stats = jax.eval_shape(
+      self.teacher.init, jax.random.key(0), self.example
+    )
+    zeros = jax.tree.map(
+      lambda s: np.zeros(s.shape, s.dtype), params["classifier"]
+    )
+    return {**params, "classifier": zeros}, stats
+
+  def _distilled(self, frozen: PyTree, seed: int) -> tuple[Model, Any]:
+    """The network that is distilled, and the variables it starts from."""
+    inherits = {"own": False, "teacher": True}
+    if not errors.choose(
+      "student.classifier", self.config.student.classifier, inherits
+    ):
+      return self.student, self.start
+    student = simkd.simkd(self.student, self.teacher, frozen, self.example)
+    if self.start is None:
+      return student, None
+    params, stats = student.init(jax.random.key(seed), self.example)
+    trunk = {k: v for k, v in self.start[0].items() if k != "classifier"}
+    return student, (
+      {**params, "student": trunk},
+      {**stats, "student": self.start[1]},
+    )
+
+  def _trace(self, student: Model, frozen: PyTree) -> None:
+    c = self.config
+    rows = dict(self.example)
+    if c.data.labelled:
+      rows["labelled"] = rows["mask"]
+    phases.trace(
+      c,
+      student,
+      self.teacher,
+      self.goal,
+      self.optimizers["distilled"],
+      frozen,
+      phases.batch_shapes(rows, c.data.batch_size),
+      transform=configuration.mixup(
+        c.phases.distilled, self.source.num_classes
+      ),
+    )

@@ -1,0 +1,143 @@
+"""The phases that every experiment has: teacher, student alone, distilled."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+import kdjax.config as configuration
+from kdjax import errors, objective, parallel
+from kdjax.config import Optimizer
+from kdjax.objective import Objective
+from kdjax.train_step import init_state, make_train_step
+from kdjax.types import Batch, Model, Variables
+
+
+class Experiment(Protocol):
+  """What `run` needs: the data and networks of a config.
+
+  Attributes:
+    config: the whole.
+    loaded: the teacher's variables, None where it is to be trained.
+    train: trains the network of a phase, from where it was.
+    stored: the teacher's variables as the student's phases read them.
+    measure: what a phase's network comes to on held-out data.
+  """
+
+  config: Any
+  loaded: Variables | None
+
+  def train(
+    self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
+  ) -> Variables: ...
+
+  def stored(self, variables: Variables) -> Variables: ...
+
+  def measure(
+    self, phase: str, variables: Variables, frozen: PyTree
+  ) -> dict[str, Any]: ...
+
+
+def run(
+  experiment: Experiment, folder: Path, seed: int
+) -> dict[str, dict[str, Any]]:
+  """One seed: teacher, student alone, student distilled; then the numbers."""
+  frozen = experiment.loaded
+  if frozen is None:
+    frozen = experiment.train("teacher", folder / "teacher", seed)
+  frozen = experiment.stored(frozen)
+  measured = {"teacher": experiment.measure("teacher", frozen, frozen)}
+  for phase in ("alone", "distilled"):
+    if experiment.config.phases[phase].steps:
+      name = f"student_{phase}"
+      variables = experiment.train(phase, folder / name, seed, frozen)
+      measured[name] = experiment.measure(phase, variables, frozen)
+  return measured
+
+
+def optimizers(config: Any, mesh: Mesh) -> dict[str, Optimizer]:
+  """The optimizer of each phase, all of whose parts the devices divide."""
+  for phase in config.phases.values():
+    parallel.check_batch_size(
+      config.data.batch_size, mesh, microbatches=phase.microbatches
+    )
+  return {
+    name: configuration.optimizer(phase.optimizer, f"phases.{name}.optimizer")
+    for name, phase in config.phases.items()
+  }
+
+
+def eval_rows(config: Any, mesh: Mesh) -> int:
+  """Rounded up to the devices: what is added is padding, and masked."""
+  return -(-config.data.eval_batch_size // mesh.size) * mesh.size
+
+
+def check_goal(config: Any, goal: Objective, *, named: bool) -> None:
+  """Refuses an objective that cannot be, and a config without a teacher.
+
+  Args:
+    named: whether the config names a teacher that is trained already.
+  """
+  steps = config.phases.distilled.steps
+  objective.check(goal, max(steps, 1), has_teacher=True)
+  if not (named or config.phases.teacher.steps):
+    raise errors.UserError(
+      "phases.teacher.steps is 0 and the config names no trained teacher: "
+      "train one, or name one (teacher.checkpoint; of texts teacher.path)"
+    )
+
+
+def batch_shapes(rows: Mapping[str, Any], batch_size: int) -> Batch:
+  """Those of a whole batch of rows like these."""
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+    for name, x in rows.items()
+  }
+
+
+def trace(
+  config: Any,
+  student: Model,
+  teacher: Model,
+  goal: Objective,
+  rule: Optimizer,
+  frozen: PyTree,
+  batch: Batch,
+  **of_step: Any,
+) -> None:
+  """Follows the shapes through the distilled step, so that they do fit."""
+  args = student, teacher, goal, rule.transformation
+  state = jax.eval_shape(
+    lambda key, frozen, batch: init_state(*args, key, batch, frozen=frozen),
+    jax.random.key(0),
+    frozen,
+    batch,
+  )
+  step = make_train_step(
+    *args,
+    microbatches=config.phases.distilled.microbatches,
+    gradients_by_group=rule.by_group,
+    **of_step,
+  )
+  jax.eval_shape(step, state, frozen, batch)
+
+
+def of_distill(
+  config: Any, phase: str, seed: int, rule: Optimizer
+) -> dict[str, Any]:
+  """The arguments of `distill` that say nothing of data and networks."""
+  return dict(
+    steps=config.phases[phase].steps,
+    microbatches=config.phases[phase].microbatches,
+    optimizer=rule.transformation,
+    gradients_by_group=rule.by_group,
+    shown={"learning_rate": rule.learning_rate},
+    seed=seed,
+    save_every=config.save_every,
+    keep_last=config.keep_last,
+    keep_best=config.keep_best,
+    name=f"{phase} (seed {seed})",
+  )
