@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.student = network(llama(8, 1, 2) if smoke else llama(64, 3, 4))
   c.student.inherit = ConfigDict()
   c.student.lora = ConfigDict()
-  c.head = "dense"  # "linear": logits are never all there at once
+  c.head = "linear"  # or "dense": all logits at once
 
   def phase(rate: float, steps: int) -> dict:
     steps = 3 if smoke else steps
