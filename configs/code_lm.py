@@ -1,6 +1,6 @@
 """Code: a Llama of 1.4 M parameters teaches one of 0.2 M, on a CPU.
 
-    python -m kdjax.train --config=configs/code_lm.py --workdir=runs/lm
+python -m kdjax.train --config=configs/code_lm.py --workdir=runs/lm
 """
 
 from ml_collections import ConfigDict

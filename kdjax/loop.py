@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 
 from kdjax import checkpoint, errors, losses, objective, parallel
 from kdjax.evaluate import make_evaluate, num_parameters
-from kdjax.losses.fused import Layout
+from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
@@ -73,7 +73,7 @@ def distill(
   transform: Callable[[Batch, Array], Batch] | None = None,
   shown: dict[str, Schedule] | None = None,
   mesh: Mesh | None = None,
-  layout: Layout | None = None,
+  layout: fused.Layout | None = None,
   folder: str | Path | None = None,
   save_every: int = 1000,
   keep_last: int = 2,
@@ -114,7 +114,7 @@ def distill(
     DivergedError: when a loss or gradient is not finite, naming the update.
   """
   mesh = mesh or parallel.make_mesh()
-  layout = layout or Layout(mesh=mesh if mesh.size > 1 else None)
+  layout = layout or fused.over(mesh)
   optimizer = optimizer or optax.adamw(1e-3)
   if steps < 1 or save_every < 1:
     raise errors.UserError(

@@ -105,7 +105,11 @@ def _samples(run: dict[str, dict[str, Any]]) -> list[str]:
   lines = []
   for network, measured in run.items():
     for prompt, written in measured.get("samples", ())[:1]:
-      lines += ["", f"{network.replace('_', ' ')} writes:", f"{prompt}{written}"]
+      lines += [
+        "",
+        f"{network.replace('_', ' ')} writes:",
+        f"{prompt}{written}",
+      ]
   return lines
 
 

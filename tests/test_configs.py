@@ -1,6 +1,6 @@
 """Every config, and every method of the parametrised ones, fits its networks.
 
-`Experiment` follows the shapes through the whole step, and trains
+`ImageExperiment` follows the shapes through the whole step, and trains
 nothing. `test_train` runs some of these to the end.
 """
 
@@ -13,7 +13,7 @@ import tfds_folder
 
 from kdjax import adapters, config, recipes
 from kdjax.errors import UserError
-from kdjax.experiment import Experiment
+from kdjax.experiment import ImageExperiment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -49,7 +49,7 @@ def data_dir(tmp_path_factory):
 def experiment(c, data_dir):
   c.data.data_dir = str(data_dir)
   config.check_keys(c)
-  return Experiment(c)
+  return ImageExperiment(c)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

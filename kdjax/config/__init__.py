@@ -11,23 +11,23 @@ from kdjax.config.keys import KEYS, check_keys
 from kdjax.config.network import dtype, loaded, model
 from kdjax.config.optimizers import Optimizer, optimizer
 from kdjax.config.texts import (
+  Decoders,
   causal_lm,
-  checkpoint_folder,
   decoder_params,
+  decoders_of,
   documents,
-  net,
   token_folder,
-  tokenizer,
 )
 
 __all__ = [
   "KEYS",
+  "Decoders",
   "Optimizer",
   "augment",
   "causal_lm",
   "check_keys",
-  "checkpoint_folder",
   "decoder_params",
+  "decoders_of",
   "documents",
   "dtype",
   "eval_transform",
@@ -35,8 +35,6 @@ __all__ = [
   "loaded",
   "mixup",
   "model",
-  "net",
   "optimizer",
   "token_folder",
-  "tokenizer",
 ]

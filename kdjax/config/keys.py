@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 from kdjax import errors
 from kdjax.config.values import plain
 
+_PHASES = ("teacher", "alone", "distilled")
 _PHASE = {"steps": int, "microbatches": int, "optimizer": ...}
+_IMAGE_PHASE = {**_PHASE, "mixup": float}
 _IMAGE_NETWORK = {
   "model": ...,
   "num_classes": int,
@@ -66,10 +68,7 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "teacher": _IMAGE_NETWORK,
     "student": {**_IMAGE_NETWORK, "classifier": str},
-    "phases": {
-      name: {**_PHASE, "mixup": float}
-      for name in ("teacher", "alone", "distilled")
-    },
+    "phases": dict.fromkeys(_PHASES, _IMAGE_PHASE),
   },
   "text": {
     **_EVERY_TASK,
@@ -90,7 +89,7 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "teacher": _TEXT_NETWORK,
     "student": {**_TEXT_NETWORK, "inherit": ..., "lora": ...},
-    "phases": {name: _PHASE for name in ("teacher", "alone", "distilled")},
+    "phases": dict.fromkeys(_PHASES, _PHASE),
     "head": str,
     "sample": {
       "prompts": tuple,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +18,60 @@ from kdjax.pretrained import decoders
 from kdjax.types import Model, Params
 
 PYTHON_SOURCES = "python_sources"
+
+
+class Decoders(NamedTuple):
+  """The two networks of a config, as far as their files and keys tell.
+
+  Attributes:
+    nets: side -> architecture.
+    tokenizers: side -> its own tokenizer.
+    tokenizer: what texts are read by: of the two the one of fewer tokens.
+    num_classes: how many tokens both have; the rest is padding.
+    warnings: differences that do not forbid distilling, a line each.
+  """
+
+  nets: Mapping[str, Architecture]
+  tokenizers: Mapping[str, text.Tokenizer]
+  tokenizer: text.Tokenizer
+  num_classes: int
+  warnings: tuple[str, ...]
+
+
+def decoders_of(config: Any) -> Decoders:
+  """Teacher and student, whose vocabularies must be one.
+
+  Raises:
+    UserError: no network or no tokenizer is named; the two differ.
+  """
+  nets, given = {}, {}
+  for side in ("teacher", "student"):
+    folder = _checkpoint_folder(config[side])
+    nets[side] = _net(config[side], folder, side)
+    given[side] = _tokenizer(
+      config[side].tokenizer, folder, config.data.data_dir
+    )
+  # A side that names none reads as the other does.
+  student = given["student"] or given["teacher"]
+  teacher = given["teacher"] or student
+  if student is None or teacher is None:
+    raise errors.UserError(
+      "there is no tokenizer: neither path is a checkpoint that has one; set "
+      "teacher.tokenizer to a folder, to bytes or to bpe:SIZE"
+    )
+  shared = text.shared_vocabulary(
+    student,
+    teacher,
+    student_rows=nets["student"].vocab_size,
+    teacher_rows=nets["teacher"].vocab_size,
+  )
+  return Decoders(
+    nets,
+    {"teacher": teacher, "student": student},
+    min(student, teacher, key=lambda t: t.size),
+    shared.size,
+    shared.warnings,
+  )
 
 
 def documents(config: Mapping[str, Any]) -> tuple[text.Documents, ...]:
@@ -51,7 +105,7 @@ def token_folder(config: Mapping[str, Any]) -> Path:
   return Path(config["data_dir"] or default_folder()).expanduser()
 
 
-def tokenizer(
+def _tokenizer(
   name: str, checkpoint: Path | None, data_dir: str
 ) -> text.Tokenizer | None:
   """The tokenizer of a network; None where nothing names one.
@@ -78,7 +132,7 @@ def tokenizer(
   return None
 
 
-def checkpoint_folder(config: Mapping[str, Any]) -> Path | None:
+def _checkpoint_folder(config: Mapping[str, Any]) -> Path | None:
   """The folder of a network's pretrained weights; None where it has none."""
   path = config["path"]
   if not path or not pretrained.is_weights(path):
@@ -86,7 +140,7 @@ def checkpoint_folder(config: Mapping[str, Any]) -> Path | None:
   return pretrained.local(path)
 
 
-def net(
+def _net(
   config: Mapping[str, Any], folder: Path | None, what: str
 ) -> Architecture:
   """The decoder of a checkpoint's config.json, or of `config.model`."""
@@ -137,9 +191,9 @@ def decoder_params(
     return None
   if pretrained.is_weights(path):
     kind = stored or dtype("float32")
-    return decoders.read(
-      path, dtype=kind, shardings=parallel.replicated(mesh)
-    )[1]
+    return decoders.read(path, dtype=kind, shardings=parallel.replicated(mesh))[
+      1
+    ]
   inside = Path(path) / "checkpoints"
   like = jax.eval_shape(model.init, jax.random.key(0), {})
   return checkpoint.load_params(inside if inside.exists() else path, like)[0]

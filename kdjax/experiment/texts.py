@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
-from kdjax import adapters, errors, evaluate, losses, parallel
+from kdjax import adapters, evaluate, losses, parallel
 from kdjax.data import text
 from kdjax.experiment import phases
 from kdjax.generate import generate
 from kdjax.loop import distill
-from kdjax.losses.fused import Layout
+from kdjax.losses import fused
 from kdjax.models.decoder import flops_per_token
 from kdjax.objective import Term
 from kdjax.preflight import check_outputs
@@ -32,7 +32,11 @@ class TextExperiment:
   def __init__(self, config: Any):
     self.config, self.mesh = config, parallel.make_mesh()
     self.optimizers = phases.optimizers(config, self.mesh)
-    self._read_networks()
+    made = configuration.decoders_of(config)
+    for line in made.warnings:
+      print(f"kdjax: {line}", file=sys.stderr)
+    self.nets, self.num_classes = made.nets, made.num_classes
+    self.tokenizer = made.tokenizer
     self._read_texts()
     c = config.data
     for side in SIDES:
@@ -43,10 +47,11 @@ class TextExperiment:
       )
       for side in SIDES
     }
-    self.layout = Layout(mesh=self.mesh if self.mesh.size > 1 else None)
+    self.layout = fused.over(self.mesh)
     self.example = next(iter(self._eval_batches()))
     frozen = self._shapes("teacher")
-    self.goal = configuration.goal(config, *self._taps())
+    ours, theirs = self._taps()
+    self.goal = configuration.goal(config, ours, theirs)
     phases.check_goal(config, self.goal, named=bool(config.teacher.path))
     phases.trace(
       config,
@@ -126,46 +131,18 @@ class TextExperiment:
       "samples": self._samples(side, variables),
     }
 
-  def _read_networks(self) -> None:
-    """Architectures and tokenizers, and the classes that both sides have."""
-    c, nets, tokenizers = self.config, {}, {}
-    for side in SIDES:
-      folder = configuration.checkpoint_folder(c[side])
-      nets[side] = configuration.net(c[side], folder, side)
-      tokenizers[side] = configuration.tokenizer(
-        c[side].tokenizer, folder, c.data.data_dir
-      )
-    # A side that names none reads as the other does.
-    for side, other in zip(SIDES, reversed(SIDES)):
-      tokenizers[side] = tokenizers[side] or tokenizers[other]
-    self.nets, self.tokenizers = nets, tokenizers
-    if tokenizers["student"] is None:
-      raise errors.UserError(
-        "no tokenizer: teacher and student are no checkpoints that have one; "
-        "set teacher.tokenizer to a folder, to bytes or to bpe:SIZE"
-      )
-    shared = text.shared_vocabulary(
-      tokenizers["student"],
-      tokenizers["teacher"],
-      student_rows=nets["student"].vocab_size,
-      teacher_rows=nets["teacher"].vocab_size,
-    )
-    for line in shared.warnings:
-      print(f"kdjax: {line}", file=sys.stderr)
-    self.num_classes = shared.size
-    # What has further tokens would give ids that the other does not know.
-    self.tokenizer = min(
-      (tokenizers[side] for side in reversed(SIDES)), key=lambda t: t.size
-    )
-
   def _read_texts(self) -> None:
     c = self.config.data
     documents, held_out = configuration.documents(c)
-    kept = dict(
-      folder=configuration.token_folder(c), skip_empty=c.skip_empty
+    self.tokens, self.held_out = (
+      text.tokenize(
+        part,
+        self.tokenizer,
+        folder=configuration.token_folder(c),
+        skip_empty=c.skip_empty,
+      )
+      for part in (documents, held_out)
     )
-    self.tokens = text.tokenize(documents, self.tokenizer, **kept)
-    self.held_out = text.tokenize(held_out, self.tokenizer, **kept)
     # Conversations are laid into rows whole, texts are cut where a row ends.
     self.cut = isinstance(documents.examples[0], str)
 
@@ -184,13 +161,13 @@ class TextExperiment:
     init = self.models[side].init
     return jax.eval_shape(init, jax.random.key(0), self.example)
 
-  def _taps(self) -> list[Mapping[str, Any]]:
+  def _taps(self) -> list[Iterable[str]]:
     """Those of the student and of the teacher, where a term may ask."""
     if not self.config.terms:
-      return []
+      return [(), ()]
     return [
       adapters.tap_specs(self.models[side], self._shapes(side), self.example)
-      for side in reversed(SIDES)
+      for side in ("student", "teacher")
     ]
 
   def _loaded(self, side: str) -> Variables | None:
@@ -213,7 +190,7 @@ class TextExperiment:
       made = generate(
         self.nets[side],
         variables[0],
-        ids[None],
+        jnp.asarray(ids)[None],
         max_new_tokens=c.max_new_tokens,
         key=None if greedy else jax.random.key(n),
         sampling_temperature=c.temperature or 1.0,

@@ -13,43 +13,27 @@
                     has, kdjax always
   --help            this text
 
-It ends with the sizes on disk of teacher and student, and how long either takes
-for one image on this machine. Exit codes: 0 done, 2 a mistake that the message
-explains.
+A language model becomes a folder that transformers and vLLM load: config.json,
+safetensors and the tokenizer; --format and --layout are for image classifiers.
+
+It ends with the sizes of teacher and student, and how long either takes for one
+image, or for a token, on this machine. Exit codes: 0 done, 2 a mistake that the
+message explains.
 """
 
-import contextlib
 import logging
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
-from kdjax import errors, evaluate, report, simkd
-from kdjax.export import serving
-from kdjax.export.finished import PHASES, Run, Trained, open_run, trained
-from kdjax.export.formats import FORMATS, choose_layout, program
-
-
-class Exported(NamedTuple):
-  """What is told of a network.
-
-  Attributes:
-    network: its name.
-    parameters: how many numbers are trained, an inherited classifier's too.
-    size: bytes on disk of the weights or of the program.
-    latency: of the program, with one image.
-  """
-
-  network: str
-  parameters: int
-  size: int
-  latency: serving.Latency
+from kdjax import errors
+from kdjax.export import images, texts
+from kdjax.export.finished import PHASES, locate
+from kdjax.export.formats import FORMATS
+from kdjax.export.rows import Exported, table
 
 
 def export(
@@ -58,13 +42,14 @@ def export(
   *,
   network: str = "student_distilled",
   seed: int | None = None,
-  format: str = "safetensors",
+  format: str | None = None,
   layout: str | None = None,
 ) -> list[Exported]:
   """Writes a network of a run to `output`, which appears whole or not at all.
 
-  "safetensors": model.safetensors and a config.json. "stablehlo": the program
-  of `serving.program`, serialised by `jax.export`, and a serving.json.
+  Of images "safetensors": model.safetensors and a config.json; "stablehlo": the
+  program of `serving.program`, serialised by `jax.export`, and a serving.json.
+  Of texts what `AutoModelForCausalLM.from_pretrained` loads.
 
   Returns:
     What was measured: the teacher first, if it can be read, then the network.
@@ -74,52 +59,19 @@ def export(
       no run in `workdir`, or no checkpoint of the network.
   """
   errors.choose("network", network, PHASES)
-  write = errors.choose("format", format, FORMATS)
-  if layout is not None and write is program:
-    raise errors.UserError(
-      f"--layout={layout} is for safetensors, a program has no names: leave "
-      "one of --layout and --format=stablehlo out"
-    )
+  errors.choose("format", format or "safetensors", FORMATS)
   output = Path(output).resolve()
   _check_free(output)
-  run = open_run(workdir, seed)
-  ours = trained(run, network)
-  layout = choose_layout(ours, layout)
-  rows = []
-  # First what the comparison needs: the output is then the last that can fail.
-  if network != "teacher" and (teacher := _teacher(run)) is not None:
-    with tempfile.TemporaryDirectory() as folder:
-      rows.append(_measured(run, teacher, write, Path(folder), "kdjax"))
-  with _whole(output) as folder:
-    return [*rows, _measured(run, ours, write, folder, layout)]
-
-
-def _measured(
-  run: Run, ours: Trained, write: Callable[..., Path], folder: Path, layout: str
-) -> Exported:
-  exported = serving.program(
-    ours.model,
-    ours.variables,
-    run.image_shape,
-    mean=run.config.data.mean,
-    std=run.config.data.std,
-  )
-  path = write(run, ours, exported, folder, layout)
-  return Exported(
-    ours.name,
-    evaluate.num_parameters(simkd.deployed(ours.variables)),
-    path.stat().st_size,
-    serving.latency(exported),
-  )
-
-
-def _teacher(run: Run) -> Trained | None:
-  """The teacher to compare with; a student can be exported without it."""
-  try:
-    return trained(run, "teacher")
-  except errors.UserError as error:
-    print(f"kdjax: the teacher is not measured: {error}", file=sys.stderr)
-    return None
+  run = locate(workdir, seed)
+  if run.config.task == "image":
+    chosen = format or "safetensors"
+    return images.export(run, output, network, chosen, layout)
+  if format == "stablehlo" or layout:
+    raise errors.UserError(
+      f"{workdir} is a language model, which is written as transformers reads "
+      "it: leave --format and --layout out"
+    )
+  return texts.export(run, output, network)
 
 
 def _check_free(output: Path) -> None:
@@ -127,56 +79,6 @@ def _check_free(output: Path) -> None:
     raise errors.UserError(
       f"{output} exists and is not empty: name another --output, or remove it"
     )
-
-
-@contextlib.contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-  """A folder beside `output`, which gets its name when all of it is written."""
-  part = output.with_name(f".{output.name}.{os.getpid()}.part")
-  try:
-    part.mkdir(parents=True)
-    yield part
-    part.replace(output)
-  except OSError as error:
-    raise errors.UserError(
-      f"cannot write {output}: {error.strerror or error}: name another --output"
-    ) from error
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def table(rows: Sequence[Exported]) -> str:
-  """A row a network; then, of two, the teacher's share to the student's."""
-  cells = [["", "parameters", "bytes on disk", "ms for one image"]]
-  for row in rows:
-    cells.append(
-      [
-        row.network.replace("_", " "),
-        f"{row.parameters:,}",
-        f"{row.size:,}",
-        f"{1e3 * row.latency.median:.3f}",
-      ]
-    )
-  if len(rows) == 2:
-    teacher, student = rows
-    cells.append(
-      [
-        "teacher / student",
-        f"{teacher.parameters / student.parameters:.2f}",
-        f"{teacher.size / student.size:.2f}",
-        f"{teacher.latency.median / student.latency.median:.2f}",
-      ]
-    )
-  calls = " and ".join(dict.fromkeys(str(r.latency.calls) for r in rows))
-  return "\n".join(
-    [
-      *report.aligned(cells),
-      f"ms: median of {calls} calls of the exported program on "
-      f"{serving.device()}, from",
-      "uint8 in host memory to logits in host memory, compilation and warm-up "
-      "left out",
-    ]
-  )
 
 
 def main(argv: Sequence[str]) -> int:

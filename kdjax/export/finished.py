@@ -22,11 +22,18 @@ PHASES = {
 }
 
 
+class Located(NamedTuple):
+  """A run: the folder of one seed, and the config that it was made with."""
+
+  folder: Path
+  seed: int
+  config: Any
+
+
 class Run(NamedTuple):
-  """What a run was made with.
+  """A run of the task "image".
 
   Attributes:
-    folder: of one seed.
     image_shape: (H, W, C) of what the networks see.
     num_classes: the data's; a network's config may say otherwise.
   """
@@ -58,12 +65,12 @@ class Trained(NamedTuple):
   arguments: Mapping[str, Any]
 
 
-def open_run(workdir: str | Path, seed: int | None = None) -> Run:
+def locate(workdir: str | Path, seed: int | None = None) -> Located:
   """The run in `workdir`; the config's first seed unless another is named.
 
   Raises:
     UserError: no folder of a run, a config.json that is damaged or of another
-      version, a seed that was not run, data that is not there.
+      version, a seed that was not run.
   """
   workdir = Path(workdir)
   config = _config(workdir)
@@ -75,7 +82,16 @@ def open_run(workdir: str | Path, seed: int | None = None) -> Run:
       f"{workdir} has no seed {seed}, only {', '.join(there) or 'a config'}: "
       "name one of them, or train with that seed first"
     )
-  c = config.data
+  return Located(folder, seed, config)
+
+
+def open_run(run: Located) -> Run:
+  """The run and what its images are.
+
+  Raises:
+    UserError: data that is not there, or images of several sizes.
+  """
+  c = run.config.data
   source = data.load(c.name, c.eval_split, data_dir=c.data_dir or None)
   height, width, channels = source.image_shape
   if c.image_size:
@@ -86,7 +102,7 @@ def open_run(workdir: str | Path, seed: int | None = None) -> Run:
       "no one shape can be served"
     )
   shape = height, width, channels
-  return Run(folder, seed, config, shape, source.num_classes)
+  return Run(*run, shape, source.num_classes)
 
 
 def trained(run: Run, network: str) -> Trained:
@@ -105,11 +121,12 @@ def trained(run: Run, network: str) -> Trained:
   model = _model(run, config)
   if phase == "distilled" and config.classifier == "teacher":
     model, family = _with_classifier(run, model), ""
+  like = jax.eval_shape(model.init, jax.random.key(0), run.example)
   if phase != "teacher":
-    variables = _newest(run, network, model)
+    variables = newest(run, network, like)
     return Trained(network, model, variables, family, arguments)
   variables = configuration.loaded(config, model, run.example)
-  params, stats = variables or _newest(run, network, model)
+  params, stats = variables or newest(run, network, like)
   params = adapters.cast(params, configuration.dtype(config.dtype))
   return Trained(network, model, (params, stats), family, arguments)
 
@@ -152,7 +169,15 @@ def _with_classifier(run: Run, student: Model) -> Model:
   return simkd.simkd(student, teacher, variables, run.example)
 
 
-def _newest(run: Run, network: str, model: Model) -> Variables:
+def newest(run: Located | Run, network: str, like: Variables) -> Variables:
+  """The values of a network's newest sound checkpoint.
+
+  Where training is not done, or a damaged checkpoint was passed over, stderr
+  gets a line.
+
+  Args:
+    like: the variables' shapes.
+  """
   folder = run.folder / network / "checkpoints"
   steps = run.config.phases[PHASES[network]].steps
   done = checkpoint.steps(folder)
@@ -164,7 +189,6 @@ def _newest(run: Run, network: str, model: Model) -> Variables:
   told: list[str] = []
   if done[-1] < steps:
     told.append(f"{network} stands at update {done[-1]} of {steps}")
-  like = jax.eval_shape(model.init, jax.random.key(0), run.example)
   variables = checkpoint.load_params(folder, like, told.append)
   for line in told:
     print(f"kdjax: {line}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from kdjax.types import Model, Variables
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_WARM_UP, _CALLS, _FEWEST, _SECONDS = 10, 200, 20, 10.0
+_CALLS, _SECONDS = 200, 10.0
 
 
 class Latency(NamedTuple):
@@ -66,12 +66,19 @@ def latency(exported: export.Exported) -> Latency:
   shape = exported.in_avals[0].shape[1:]
   image = np.random.default_rng(0).integers(256, size=(1, *shape))
   image = image.astype(np.uint8)
-  for _ in range(_WARM_UP):
-    np.asarray(call(image))
+  return timed(lambda: np.asarray(call(image)))
+
+
+def timed(
+  call: Callable[[], Any], *, warm_up: int = 10, fewest: int = 20
+) -> Latency:
+  """The median time of a call, which returns when all is done."""
+  for _ in range(warm_up):
+    call()
   times: list[float] = []
-  while len(times) < _FEWEST or (len(times) < _CALLS and sum(times) < _SECONDS):
+  while len(times) < fewest or (len(times) < _CALLS and sum(times) < _SECONDS):
     start = time.perf_counter()
-    np.asarray(call(image))
+    call()
     times.append(time.perf_counter() - start)
   return Latency(float(np.median(times)), len(times))
 

@@ -53,6 +53,11 @@ class Layout(NamedTuple):
   classes: str | None = None
 
 
+def over(mesh: Mesh) -> Layout:
+  """The tokens split over the axis `data` of the mesh, if it has several."""
+  return Layout(mesh=mesh if mesh.size > 1 else None)
+
+
 def sum_rows(
   f: RowSums,
   student: LinearLogits,

@@ -1,0 +1,83 @@
+"""A run's language model as a folder that transformers and vLLM load."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kdjax.config as configuration
+from kdjax import evaluate, parallel
+from kdjax.data import text
+from kdjax.export import serving
+from kdjax.export.finished import Located, newest
+from kdjax.export.rows import TOKEN, Exported
+from kdjax.generate import generate
+from kdjax.models.decoder import Architecture
+from kdjax.pretrained import decoders
+from kdjax.types import Params
+
+_TOKENS = 32
+
+
+def export(run: Located, output: Path, network: str) -> list[Exported]:
+  """config.json, safetensors and the tokenizer, whole or not at all.
+
+  Returns:
+    What was measured: the teacher first, if it can be read, then the network.
+  """
+  made = configuration.decoders_of(run.config)
+  side = "teacher" if network == "teacher" else "student"
+  params = _params(run, made, network)
+  stored = configuration.dtype(run.config[side].dtype)
+  with tempfile.TemporaryDirectory() as folder:
+    text.save(made.tokenizers[side], folder)
+    files = sorted(Path(folder).iterdir())
+    net = made.nets[side]
+    decoders.write(output, params, net, dtype=np.dtype(stored), beside=files)
+  rows = [_measured(network, net, params, made.num_classes)]
+  # A teacher from elsewhere may not fit where its student is exported.
+  if side == "student" and not run.config.teacher.path:
+    teacher = _params(run, made, "teacher")
+    net = made.nets["teacher"]
+    rows.insert(0, _measured("teacher", net, teacher, made.num_classes))
+  return rows
+
+
+def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
+  side = "teacher" if network == "teacher" else "student"
+  c = run.config[side]
+  model = configuration.causal_lm(
+    made.nets[side], c, run.config.head, made.num_classes
+  )
+  if side == "teacher" and c.path:
+    loaded = configuration.decoder_params(
+      c, made.nets[side], model, parallel.make_mesh()
+    )
+    assert loaded is not None
+    return loaded
+  like = jax.eval_shape(model.init, jax.random.key(0), {})
+  return newest(run, network, like)[0]
+
+
+def _measured(
+  name: str, net: Architecture, params: Params, num_classes: int
+) -> Exported:
+  def write() -> None:
+    generate(
+      net,
+      params,
+      jnp.zeros((1, 1), jnp.int32),
+      max_new_tokens=_TOKENS,
+      num_classes=num_classes,
+    ).tokens.block_until_ready()
+
+  took = serving.timed(write, warm_up=1, fewest=3)
+  return Exported(
+    name,
+    evaluate.num_parameters(params),
+    sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+    serving.Latency(took.median / _TOKENS, took.calls),
+    TOKEN,
+  )
