@@ -382,7 +382,7 @@ def test_a_layout_is_not_for_a_program(run, tmp_path, capsys):
   [
     ("{", "cannot read"),
     ("[]", "holds no config"),
-    ('{"seed": 0}', "config.seeds is missing"),
+    ('{"seed": 0}', "config.task is missing"),
   ],
 )
 def test_a_damaged_config_is_named(content, says, tmp_path, capsys):

@@ -1,0 +1,275 @@
+"""Language models from the command line: train, export, and their mistakes."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import checkpoint, export, parallel, train
+from kdjax.data import text
+from kdjax.models.decoder import architecture
+from kdjax.models.decoder.parameters import init
+from kdjax.pretrained import decoders
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NETWORKS = ("teacher", "student_alone", "student_distilled")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+  """Eight compile many times longer."""
+  mesh = parallel.make_mesh(1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", lambda: mesh)
+    yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp("data")
+
+
+def run(config, workdir, data_dir, *more):
+  return train.main(
+    [
+      "train",
+      f"--config={CONFIGS / config}",
+      f"--workdir={workdir}",
+      f"--config.data.data_dir={data_dir}",
+      *more,
+    ]
+  )
+
+
+def llama(width, depth, rows):
+  return architecture(
+    dict(
+      model_type="llama",
+      vocab_size=rows,
+      hidden_size=width,
+      intermediate_size=2 * width,
+      num_hidden_layers=depth,
+      num_attention_heads=2,
+      num_key_value_heads=1,
+      max_position_embeddings=64,
+      rms_norm_eps=1e-6,
+      rope_theta=10000.0,
+      tie_word_embeddings=True,
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  """Two folders as of the hub: one tokenizer, embeddings padded differently."""
+  root = tmp_path_factory.mktemp("hub")
+  tokenizer = text.byte_level()
+  for side, net in (
+    ("teacher", llama(16, 2, 264)),
+    ("student", llama(8, 1, 272)),
+  ):
+    scratch = root / f"{side}_tokenizer"
+    scratch.mkdir()
+    text.save(tokenizer, scratch)
+    params = init(net, jax.random.key(len(side)))
+    decoders.write(root / side, params, net, beside=list(scratch.iterdir()))
+  return root
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+  path = tmp_path_factory.mktemp("texts") / "data.jsonl"
+  lines = [{"text": f"line {n}: {'abc ' * (n % 5)}end"} for n in range(60)]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+def of_checkpoints(checkpoints, jsonl):
+  return [
+    f"--config.teacher.path={checkpoints / 'teacher'}",
+    f"--config.student.path={checkpoints / 'student'}",
+    f"--config.data.path={jsonl}",
+    "--config.data.eval_share=0.2",
+  ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+  """The folder of a finished run, which a test may not change."""
+  workdir = tmp_path_factory.mktemp("finished")
+  assert run("code_lm.py:smoke", workdir, data_dir) == 0
+  return workdir
+
+
+def test_three_networks_are_trained_and_compared(finished):
+  results = json.loads((finished / "results.json").read_text())
+  for network in NETWORKS:
+    got = results[network]
+    assert set(got) == {
+      "parameters",
+      "flops_per_token",
+      "bits_per_byte",
+      "perplexity",
+      "accuracy",
+      "nll",
+      "ece",
+      "agreement",
+      "kl",
+    }
+    assert all(np.isfinite(v) for v in got.values())
+    np.testing.assert_allclose(got["perplexity"], math.exp(got["nll"]))
+    # Three updates teach nothing: a little below log 1024 a token.
+    assert 6.5 < got["nll"] < 7.0
+    folder = finished / "seed_0" / network
+    assert checkpoint.steps(folder / "checkpoints") == [3]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert "eval/bits_per_byte" in json.loads(lines[-1])
+  assert results["teacher"]["agreement"] == 1
+  assert results["teacher"]["kl"] == 0
+  ((prompt, written),) = results["seeds"][0]["student_distilled"]["samples"]
+  assert prompt == "def read(self, size"
+  assert written
+
+
+def test_bits_per_byte_are_those_of_the_held_out_bytes(finished):
+  """From the perplexity, and the corpus' own number of tokens and bytes."""
+  results = json.loads((finished / "results.json").read_text())["teacher"]
+  from kdjax.data.text import corpus
+
+  data_dir = json.loads((finished / "config.json").read_text())["data"][
+    "data_dir"
+  ]
+  tokenizer = corpus.bpe(vocab_size=1024, data_dir=data_dir)
+  documents = corpus.documents("test", data_dir=data_dir)
+  texts = [documents.examples[n] for n in range(len(documents))]
+  # Every token of a text and its end is predicted: nothing is before the first
+  # but the begin-of-text.
+  count = sum(len(e.ids) + 1 for e in tokenizer.encode(texts))
+  size = sum(len(t.encode()) for t in texts)
+  bits = results["nll"] * count / size / math.log(2)
+  np.testing.assert_allclose(results["bits_per_byte"], bits, rtol=1e-5)
+
+
+def test_an_export_is_the_checkpoint_in_the_hubs_form(
+  finished, tmp_path, capsys
+):
+  args = [f"--workdir={finished}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  shown = capsys.readouterr().out
+  assert "bytes of weights" in shown
+  assert "student distilled" in shown
+  net, params = decoders.read(tmp_path / "out")
+  like = jax.eval_shape(lambda: params)
+  folder = finished / "seed_0" / "student_distilled" / "checkpoints"
+  saved, _ = checkpoint.load_params(folder, (like, {}))
+  jax.tree.map(np.testing.assert_array_equal, params, saved)
+  assert net.vocab_size == 1024
+  made = text.from_folder(tmp_path / "out")
+  assert made.size == 1024
+
+
+def test_two_checkpoints_with_differently_padded_embeddings(
+  checkpoints, jsonl, tmp_path, data_dir
+):
+  given = of_checkpoints(checkpoints, jsonl)
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 0
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  assert set(results["seeds"][0]) == {"teacher", "student_distilled"}
+  assert np.isfinite(results["student_distilled"]["kl"])
+  args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  net, params = decoders.read(tmp_path / "out")
+  assert net.vocab_size == 272
+  assert str(params["embed"]["kernel"].dtype) == "bfloat16"
+
+
+def change_tokenizer(checkpoints, folder):
+  """A copy of the student's checkpoint whose tokenizer has other ids."""
+  import shutil
+
+  shutil.copytree(checkpoints / "student", folder)
+  path = folder / "tokenizer.json"
+  told = json.loads(path.read_text())
+  vocabulary = told["model"]["vocab"]
+  a, b = "a", "b"
+  vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+  path.write_text(json.dumps(told))
+
+
+def test_different_tokenizers_are_refused_with_the_alternatives(
+  checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  change_tokenizer(checkpoints, tmp_path / "other")
+  given = of_checkpoints(checkpoints, jsonl)
+  given.append(f"--config.student.path={tmp_path / 'other'}")
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  told = capsys.readouterr().err.strip()
+  assert "different tokenizers" in told
+  assert "universal_logits or likelihood_matching" in told
+  assert len(told.splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ("--config.data.path=", "name one of the two"),
+    ("--config.data.path=nowhere.jsonl", "nowhere.jsonl"),
+    ("--config.data.sequence_length=65", "the model's context is 64"),
+    ("--config.data.field=body", "needs 'body'"),
+    ("--config.teacher.path=", "teacher has neither a path"),
+    ("--config.teacher.path=nobody/nothing-here", "neither on the model hub"),
+    ("--config.student.remat=blocks", "unknown remat 'blocks'"),
+    ("--config.head=sparse", "unknown head 'sparse'"),
+    ("--config.data.eval_share=0.0001", "change the share"),
+    ("--config.phases.distilled.microbatches=3", "must be divisible by 3"),
+    ("--config.task=sound", "unknown task 'sound'"),
+  ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+  change, message, checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  given = [*of_checkpoints(checkpoints, jsonl), change]
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  told = capsys.readouterr().err.strip()
+  assert message in told
+  assert len(told.splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+def bad_documents(tmp_path, lines):
+  path = tmp_path / "bad.jsonl"
+  path.write_text("".join(line + "\n" for line in lines))
+  return f"--config.data.path={path}"
+
+
+@pytest.mark.parametrize(
+  ("lines", "message"),
+  [
+    (['{"text": "one"}', '{"text": ', '{"text": "x"}'] * 9, "line 2"),
+    (['{"text": "one"}', '{"body": "x"}'] * 9, "line 2"),
+    (['{"text": [{"role": "user", "content": "hi"}]}'] * 9, "is a target"),
+    (['{"text": ""}'] * 9, "is a target"),
+  ],
+)
+def test_bad_documents_are_named(
+  lines, message, checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  given = [*of_checkpoints(checkpoints, jsonl), bad_documents(tmp_path, lines)]
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  told = capsys.readouterr().err.strip()
+  assert message in told
+  assert len(told.splitlines()) == 1
+
+
+def test_an_empty_document_is_refused_by_line(
+  checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  lines = ['{"text": "one"}'] * 4 + ['{"text": ""}'] + ['{"text": "two"}'] * 4
+  given = [*of_checkpoints(checkpoints, jsonl), bad_documents(tmp_path, lines)]
+  given.append("--config.data.skip_empty=False")
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  assert "line 5: the document is empty" in capsys.readouterr().err
