@@ -134,7 +134,12 @@ def distill(
     variables=student_variables,
   )
   check_outputs(
-    student, teacher, (state.params, state.stats), frozen, feed.first
+    student,
+    teacher,
+    (state.params, state.stats),
+    frozen,
+    feed.first,
+    comparable=goal.comparable,
   )
   shardings = state_shardings(goal, state, mesh)
   state = jax.device_put(state, shardings)
@@ -175,7 +180,8 @@ def distill(
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
-      test = _evaluator(student, teacher, mesh, frozen, evaluate_on)
+      other = teacher if goal.comparable else None
+      test = _evaluator(student, other, mesh, frozen, evaluate_on)
 
     pending, last = None, {}
     for step in range(start + 1, steps + 1):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import config, losses, terms, totals
+from kdjax import config, losses, term_inputs, terms, totals
 from kdjax.errors import UserError
 from kdjax.types import Output
 
@@ -66,6 +66,10 @@ def made(num_examples=0, **entries):
   return goal.terms[2:]
 
 
+def initial(term):
+  return term_inputs.init_term(term, jax.random.key(0), STUDENT, TEACHER, ROWS)
+
+
 def loss(term, step=0):
   """`loss/<name>` and its share of the total, by the step's own way."""
   divide_by = totals.denominators([term], ROWS)
@@ -73,10 +77,9 @@ def loss(term, step=0):
     args = [term], STUDENT.logits, TEACHER.logits, ROWS, divide_by
     shares, sums = totals.logit_terms(*args, jnp.int32(step))
   else:
-    specs = totals.sides(term, STUDENT, TEACHER)
     variables = ({}, {})
     if term.init is not None:
-      variables = jax.jit(term.init)(jax.random.key(0), *specs)
+      variables = initial(term)
     shares, sums, _ = totals.other_terms(
       [term],
       STUDENT,
@@ -179,8 +182,7 @@ def test_a_projector_is_made_for_each_pair():
   for term, (inputs, outputs) in zip(got, ((3, 3), (6, 8))):
     assert term.init is not None
     assert term.coupled
-    specs = totals.sides(term, STUDENT, TEACHER)
-    params, _ = jax.eval_shape(term.init, jax.random.key(0), *specs)
+    params, _ = jax.eval_shape(lambda: initial(term))
     layers = params["projector"]["0"]
     assert layers["layer_0"]["kernel"].shape == (inputs, 7)
     assert layers["layer_1"]["kernel"].shape == (7, outputs)
@@ -265,8 +267,7 @@ def test_a_term_that_owns_variables_gets_its_arguments():
     2.0,
     ("stage_2", "stage_2"),
   )
-  specs = totals.sides(vid, STUDENT, TEACHER)
-  params, _ = jax.jit(vid.init)(jax.random.key(0), *specs)
+  params, _ = initial(vid)
   np.testing.assert_allclose(
     jax.nn.softplus(params["term"]["raw_variance"]) + 1e-5, 4.0, rtol=1e-5
   )
@@ -279,8 +280,7 @@ CRD = dict(name="crd", weight=0.8, student="pooled", teacher="pooled")
 
 def test_a_bank_has_a_row_for_each_example_of_the_data():
   (term,) = made(300, c=CRD | dict(embedding=4, num_negatives=3))
-  specs = totals.sides(term, STUDENT, TEACHER)
-  _, state = jax.eval_shape(term.init, jax.random.key(0), *specs)
+  _, state = jax.eval_shape(lambda: initial(term))
   rows, width = state["student_bank"].shape
   assert rows >= 300
   assert width == 4
