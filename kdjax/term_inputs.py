@@ -139,7 +139,7 @@ def hparams(term: Term, step: Array) -> dict[str, Any]:
   return {k: v(step) if callable(v) else v for k, v in term.hparams.items()}
 
 
-def _tokens(term: Term, shape: tuple[int, int], x: Array) -> Array:
+def _tokens(term: Term, shape: tuple[int, ...], x: Array) -> Array:
   """[B, S, D] -> [B · S, D], [B, heads, S, d] -> [B · S, heads, d]."""
   rows = jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
   if rows.shape[:2] != shape:

@@ -1,5 +1,7 @@
 """A config's terms: which loss on which taps, by which map and projector."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +184,7 @@ def test_a_projector_is_made_for_each_pair():
   for term, (inputs, outputs) in zip(got, ((3, 3), (6, 8))):
     assert term.init is not None
     assert term.coupled
-    params, _ = jax.eval_shape(lambda: initial(term))
+    params, _ = jax.eval_shape(functools.partial(initial, term))
     layers = params["projector"]["0"]
     assert layers["layer_0"]["kernel"].shape == (inputs, 7)
     assert layers["layer_1"]["kernel"].shape == (7, outputs)
@@ -280,7 +282,7 @@ CRD = dict(name="crd", weight=0.8, student="pooled", teacher="pooled")
 
 def test_a_bank_has_a_row_for_each_example_of_the_data():
   (term,) = made(300, c=CRD | dict(embedding=4, num_negatives=3))
-  _, state = jax.eval_shape(lambda: initial(term))
+  _, state = jax.eval_shape(functools.partial(initial, term))
   rows, width = state["student_bank"].shape
   assert rows >= 300
   assert width == 4

@@ -1,7 +1,7 @@
 """MiniLM's relations of a layer's queries, keys and values to themselves."""
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Integer
@@ -12,13 +12,14 @@ from kdjax.losses.softmax import log_softmax, relative_entropy
 from kdjax.losses.traits import tap_loss
 from kdjax.types import UserError
 
-Heads = Float[Array, "b heads s d"]
+# An activation [B, heads, S, d], or one of each kind.
+Kinds = Float[Array, "b heads s d"] | tuple[Float[Array, "b heads s d"], ...]
 
 
 @tap_loss(takes="sequences", reads=("segment_ids",))
 def self_relations(
-  student: Heads | Sequence[Heads],
-  teacher: Heads | Sequence[Heads],
+  student: Kinds,
+  teacher: Kinds,
   segment_ids: Integer[Array, "b s"] | None = None,
   *,
   num_relation_heads: int,
@@ -72,11 +73,9 @@ def self_relations(
   return jnp.where(exists, jnp.mean(total, axis=1) / len(kinds), 0.0)
 
 
-def _paired(
-  student: Heads | Sequence[Heads], teacher: Heads | Sequence[Heads]
-) -> list[tuple[Heads, Heads]]:
+def _paired(student: Any, teacher: Any) -> list[tuple[Array, Array]]:
   ours, theirs = (
-    list(x) if isinstance(x, (tuple, list)) else [x] for x in (student, teacher)
+    x if isinstance(x, (tuple, list)) else (x,) for x in (student, teacher)
   )
   if not ours or len(ours) != len(theirs):
     raise UserError(
