@@ -21,12 +21,16 @@ SHAPES = {
     "stage_2": (2, 2, 6),
     "pooled": (6,),
     "distillation_logits": (CLASSES,),
+    "block_1": (3, 6),
+    "block_2": (3, 6),
   },
   "teacher": {
     "stage_1": (4, 4, 3),
     "stage_2": (2, 2, 8),
     "stage_3": (1, 1, 8),
     "pooled": (8,),
+    "block_1": (3, 8),
+    "block_2": (3, 8),
   },
 }
 
@@ -293,12 +297,14 @@ def test_a_bank_has_a_row_for_each_example_of_the_data():
 
 def test_every_loss_and_term_can_be_named():
   for name in {**losses.TAP_LOSSES, **terms.TERMS}:
+    taps, more = "stage_[12]", {}
+    if name == "self_relations":
+      taps, more = "block_[12]", {"num_relation_heads": 2}
     got = made(
-      300,
-      t=dict(name=name, weight=1.0, student="stage_[12]", teacher="stage_[12]"),
+      300, t=dict(name=name, weight=1.0, student=taps, teacher=taps) | more
     )
     assert len(got) == (1 if name in ("review", "flow") else 2), name
-  for name in losses.LOGIT_LOSSES:
+  for name in {**losses.LOGIT_LOSSES, **losses.SPAN_LOSSES}:
     (term,) = made(t=dict(name=name, weight=1.0))
     assert term.reads_logits
 
@@ -323,9 +329,9 @@ def test_every_loss_and_term_can_be_named():
     (
       hint("stag_1", "stage_1"),
       "terms.t: unknown student tap 'stag_1': did you mean 'stage_1'. known: "
-      "distillation_logits, pooled, stage_1, stage_2",
+      "block_1, block_2, distillation_logits, pooled, stage_1, stage_2",
     ),
-    (hint("stage_1", "block_*"), "known: pooled, stage_1, stage_2, stage_3"),
+    (hint("stage_1", "layer_*"), "known: block_1, .*stage_2, stage_3"),
     (hint(["stage_9"], ["stage_1"]), "unknown student tap 'stage_9'"),
     (hint("logits", "stage_[12]"), r"unknown teacher tap 'stage_\[12\]'"),
     (hint(["stage_1", "stage_2"], "stage_1"), "maps 2 student taps to 1"),
@@ -374,6 +380,11 @@ def test_every_loss_and_term_can_be_named():
     ),
     (hint("stage_1", "stage_1", name="flow"), "terms.t: got 1 pair of taps"),
     (CRD | dict(embeding=3), "did you mean 'embedding'"),
+    (
+      hint("stage_1", "stage_1", name="self_relations", num_relation_heads=2),
+      "relates the queries, keys and values of a layer and got the tap",
+    ),
+    (hint("block_1", "block_1", name="self_relations"), "num_relation_heads"),
     (CRD | dict(num_examples=2), "of 2 rows is smaller than the dataset's 9"),
   ],
 )
