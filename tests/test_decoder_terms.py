@@ -115,27 +115,23 @@ def trained(devices, steps, microbatches=1):
   return start, seen
 
 
-def tap(model, variables, name):
-  output, _ = model.apply(*variables, BATCH, train=False, taps=(name,))
-  return np.float64(output.taps[name])
+def taps(model, variables, *names):
+  run = jax.jit(functools.partial(model.apply, train=False, taps=names))
+  output, _ = run(*variables, BATCH)
+  return [np.float64(output.taps[name]) for name in names]
 
 
 def test_terms_are_those_of_the_tokens_that_count():
   start, seen = trained(1, 8)
   variables = STUDENT.init(jax.random.split(jax.random.key(0), 3)[0], BATCH)
   keep = BATCH["mask"] > 0
+  ours, q = taps(STUDENT, variables, "block_1", "attention_2")
+  theirs, p = taps(TEACHER, FROZEN, "block_2", "attention_4")
   layer = start["hint/block_1"]["projector"]["0"]["layer_0"]
-  ours = tap(STUDENT, variables, "block_1") @ np.float64(layer["kernel"])
-  gap = (ours + layer["bias"] - tap(TEACHER, FROZEN, "block_2"))[keep]
-  want = np.mean(gap**2)
+  ours = ours @ np.float64(layer["kernel"]) + layer["bias"]
+  want = np.mean((ours - theirs)[keep] ** 2)
   np.testing.assert_allclose(seen[0]["loss/hint/block_1"], want, rtol=1e-4)
-  q, p = (
-    tap(*side).mean(1)[keep]
-    for side in (
-      (STUDENT, variables, "attention_2"),
-      (TEACHER, FROZEN, "attention_4"),
-    )
-  )
+  q, p = (np.swapaxes(x, 1, 2)[keep].mean(1) for x in (q, p))
   seen_keys = p > 0
   ratio = np.log(np.where(seen_keys, p, 1)) - np.log(np.where(seen_keys, q, 1))
   want = np.mean(np.sum(p * ratio, -1))
