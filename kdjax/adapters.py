@@ -173,6 +173,38 @@ def from_linen(
   return Model(_run_once(init), apply)
 
 
+def reading(model: Model, prefix: str) -> Model:
+  """The model on arrays of the batch that another's stand beside.
+
+  `reading(teacher, "teacher_")` reads `teacher_tokens` as its `tokens`, and so
+  on: a teacher whose tokenizer is another than the student's. It sees no array
+  without the prefix, which would be of other tokens.
+
+  Raises:
+    UserError: from `init` and `apply`, if the batch has no such array.
+  """
+
+  def own(batch: Batch) -> Batch:
+    found = {
+      name.removeprefix(prefix): x
+      for name, x in batch.items()
+      if name.startswith(prefix)
+    }
+    if not found:
+      raise errors.UserError(
+        f"a model reads the arrays {prefix}*, and the batch has "
+        f"{', '.join(sorted(batch))}: give batches that have them"
+      )
+    return found
+
+  def apply(
+    params: Params, stats: Stats, batch: Batch, **options: Any
+  ) -> tuple[Output, Stats]:
+    return model.apply(params, stats, own(batch), **options)
+
+  return Model(lambda key, batch: model.init(key, own(batch)), apply)
+
+
 def tap_specs(
   model: Model, variables: Any, batch: Batch
 ) -> Mapping[str, jax.ShapeDtypeStruct]:

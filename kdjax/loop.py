@@ -138,7 +138,12 @@ def distill(
     variables=student_variables,
   )
   check_outputs(
-    student, teacher, (state.params, state.stats), frozen, feed.first
+    student,
+    teacher,
+    (state.params, state.stats),
+    frozen,
+    feed.first,
+    comparable=goal.comparable,
   )
   shardings = state_shardings(goal, state, mesh)
   state = jax.device_put(state, shardings)
@@ -180,7 +185,8 @@ def distill(
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
-      run = make_evaluate(student, teacher, mesh, layout)
+      other = teacher if goal.comparable else None
+      run = make_evaluate(student, other, mesh, layout)
       test = functools.partial(_test, run, frozen, evaluate_on)
 
     pending, last = None, {}

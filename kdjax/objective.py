@@ -40,7 +40,9 @@ class Term:
     taps: the names of the student's and the teacher's activation, or a tuple of
       names on each side, which the loss gets as a tuple. "logits" names the
       network's logits. None: the logits on both sides; with `init`, the whole
-      `Output`s.
+      `Output`s. Where the mask is [B, S], each token is an example: [B, S, D]
+      and [B, heads, S, d] come as [B · S, ...], and a loss that couples
+      examples costs O((B · S)²) unless its `group_size` says which meet.
     init: `(key, student_spec, teacher_spec) -> (params, state)` where the term
       owns variables: the specs are `ShapeDtypeStruct`s of what the loss gets.
       `params` are trained with the student; `state` is carried from step to
@@ -99,10 +101,20 @@ class Objective:
   def __add__(self, terms: Iterable[Term]) -> "Objective":
     return dataclasses.replace(self, terms=(*self.terms, *terms))
 
+  @property
+  def comparable(self) -> bool:
+    """Whether the two networks' logits mean the same, position by position."""
+    return comparable(self.terms)
+
   def taps(self, side: int) -> tuple[str, ...]:
     """The tap names asked of the student (side 0) or the teacher (side 1)."""
     names = [n for t in self.terms if t.taps for n in each(t.taps[side])]
     return tuple(n for n in dict.fromkeys(names) if n != "logits")
+
+
+def comparable(terms: Iterable[Term]) -> bool:
+  """Whether no term has it that the two networks read other tokens."""
+  return all(t.traits.takes != "spans" for t in terms)
 
 
 def each(names: Names) -> tuple[str, ...]:
@@ -124,11 +136,13 @@ def hinton(
 
   Args:
     alpha: weight of the labels, in [0, 1].
-    temperature: T of the soft loss, on both sets of logits.
+    temperature: T of the soft loss, on both sets of logits. Of
+      `likelihood_matching` it is τ, which divides the likelihoods of spans.
     hard_weight, soft_weight: instead of alpha, where a recipe's two weights do
       not add up to one.
     soft, hard: the losses. `nkd` becomes its two parts, as their powers of T
-      differ.
+      differ. `universal_logits` and `likelihood_matching` compare networks of
+      two tokenizers: their T² is T¹, and the mean is over spans.
     soft_hparams, hard_hparams: further arguments of the losses.
 
   Raises:

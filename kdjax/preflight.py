@@ -18,6 +18,8 @@ def check_outputs(
   variables: Variables,
   frozen: Any,
   batch: Batch,
+  *,
+  comparable: bool = True,
 ) -> None:
   """Refuses networks that do not fit the data or each other.
 
@@ -26,6 +28,7 @@ def check_outputs(
     variables: the student's `(params, stats)`; only their shapes matter.
     frozen: the teacher's.
     batch: any batch.
+    comparable: whether their classes must be as many: `Objective.comparable`.
 
   Raises:
     UserError: classes differ between teacher, student and labels, or the
@@ -38,7 +41,8 @@ def check_outputs(
   if padded:
     num_classes = shape.vocabulary
   if teacher is not None:
-    _check_teacher(teacher, frozen, batch, None if padded else num_classes)
+    free = padded or not comparable
+    _check_teacher(teacher, frozen, batch, None if free else num_classes)
   _check_labels(batch, num_classes)
 
 

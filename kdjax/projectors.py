@@ -134,7 +134,8 @@ def project(term: Term, projector: Projector) -> Term:
   keep their place beside the projector's.
 
   Raises:
-    UserError: if the term reads no taps, has a temperature, or needs labels.
+    UserError: if the term reads no taps, has a temperature, needs labels or
+      takes whole sequences.
   """
   if term.taps is None:
     raise errors.UserError(
@@ -149,6 +150,11 @@ def project(term: Term, projector: Projector) -> Term:
     raise errors.UserError(
       f"term {term.name!r} has a projector and a loss of labels: choose a loss "
       "of two activations"
+    )
+  if term.traits.takes != "examples":
+    raise errors.UserError(
+      f"term {term.name!r} has a projector and a loss of whole sequences, "
+      "which needs none: leave it out"
     )
   several = not isinstance(term.taps[0], str)
   count = len(each(term.taps[0]))

@@ -4,7 +4,6 @@ Everything travels as (sum, weight) and is divided once, after microbatches and
 devices; the weights come from the batch alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,29 +12,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from kdjax import errors, losses, schedules
+from kdjax import errors, losses, schedules, term_inputs
 from kdjax.losses import fused
-from kdjax.objective import Names, Objective, Term
+from kdjax.objective import Objective, Term, comparable
 from kdjax.types import Batch, LinearLogits, Output, dense
 
 # {name: (sum, weight)}
 Sums = dict[str, tuple[Array, Array]]
 
 
-def row_weights(term: Term, batch: Batch) -> Float[Array, " *batch"]:
-  """How much each example counts in the term: from the batch alone."""
-  weights = jnp.asarray(batch["mask"], jnp.float32)
-  if term.traits.labels and "labelled" in batch:
-    weights = weights * batch["labelled"]
-  return weights
-
-
 def denominators(
   terms: Sequence[Term], batch: Batch, axis_name: str | None = None
 ) -> dict[str, Array]:
-  """{term: sum of its row weights}, over the whole batch and all devices."""
-  sums = {t.name: row_weights(t, batch).sum() for t in terms}
-  sums["kl_at_1"] = jnp.asarray(batch["mask"], jnp.float32).sum()
+  """{term: sum of its row weights}, over the whole batch and all devices.
+
+  `kl_at_1` is among them where the two networks are comparable.
+  """
+  sums = {t.name: term_inputs.row_weights(t, batch).sum() for t in terms}
+  if comparable(terms):
+    sums["kl_at_1"] = jnp.asarray(batch["mask"], jnp.float32).sum()
   return jax.lax.psum(sums, axis_name) if axis_name else sums
 
 
@@ -65,20 +60,22 @@ def logit_terms(
   Returns:
     `{group: weighted total}`, this part's share of it, and `{term: (sum,
     weight)}` before the term's weight, T² included. `kl_at_1` is the KL at
-    T = 1, always there, so that runs with different temperatures compare.
+    T = 1, there wherever `divide_by` has it, so that runs with different
+    temperatures compare.
 
   Raises:
-    UserError: with `LinearLogits`, for a term that couples examples.
+    UserError: with `LinearLogits`, for a term that reads more than one example
+      at a time.
   """
   if not isinstance(student, LinearLogits):
     constants = divide_by, step
     return _logit_sums(terms, student, dense(teacher), batch, constants)
   for term in terms:
-    if term.coupled:
+    if term.coupled or term.traits.takes != "examples":
       raise errors.UserError(
-        f"term {term.name!r} compares examples with one another, and a head "
-        "that is not multiplied out shows a few at a time: give dense logits, "
-        "or a loss per example"
+        f"term {term.name!r} reads many examples or tokens together, and a "
+        "head that is not multiplied out shows a few at a time: give dense "
+        'logits (a decoder with head="dense"), or a loss per example'
       )
   if not terms:  # kl_at_1 alone: no gradient is to be made
     student = jax.lax.stop_gradient(student)
@@ -105,13 +102,12 @@ def _logit_sums(
   totals: dict[str, Any] = {}
   sums: Sums = {}
   for term in terms:
-    values = _per_example(term, student, teacher, batch, step)
+    values = _values(term, student, teacher, batch, step)
     _add(term, values, batch, divide_by, step, totals, sums)
-  if teacher is not None:
-    rows = jnp.asarray(batch["mask"], jnp.float32)
+  if teacher is not None and "kl_at_1" in divide_by:
     kl = Term("kl_at_1", losses.kl)
-    value = _per_example(kl, student, teacher, batch, step)
-    sums["kl_at_1"] = (jnp.sum(rows * value), rows.sum())
+    values = _values(kl, student, teacher, batch, step)
+    sums["kl_at_1"] = _masked_sum(kl, values, batch)
   return totals, sums
 
 
@@ -131,94 +127,50 @@ def other_terms(
   sums: Sums = {}
   new_state = dict(term_state)
   for n, term in enumerate(terms):
-    ours, theirs = sides(term, student, teacher)
+    ours, theirs, rows = term_inputs.given(term, student, teacher, batch)
     if term.init is None:
-      values = _per_example(term, ours, theirs, batch, step)
+      values = _values(term, ours, theirs, rows, step)
     else:
       values, new_state[term.name] = term.loss(
         term_params[term.name],
         term_state[term.name],
-        *_counted(_counts(term, batch), (ours, theirs)),
-        batch,
+        *term_inputs.counting(term, rows, (ours, theirs)),
+        rows,
         jax.random.fold_in(key, n),
-        **_hparams(term, step),
+        **term_inputs.hparams(term, step),
       )
-    _add(term, values, batch, divide_by, step, totals, sums)
+    _add(term, values, rows, divide_by, step, totals, sums)
   return totals, sums, new_state
 
 
-def sides(term: Term, student: Any, teacher: Any) -> tuple[Any, Any]:
-  """What the term's loss gets of two `Output`s."""
-  if term.taps is None:
-    return student, teacher
-  return activation(student, term.taps[0]), activation(teacher, term.taps[1])
-
-
-def activation(output: Any, names: Names) -> Any:
-  """The activation of a name, or the tuple of several."""
-  if output is None or not isinstance(names, str):
-    return output and tuple(activation(output, n) for n in names)
-  if names != "logits":
-    return output.taps[names]
-  if isinstance(output.logits, LinearLogits):
-    raise errors.UserError(
-      "a term reads the tap 'logits', and the head is not multiplied out: "
-      "leave taps out if its loss is one on logits, or give dense logits"
-    )
-  return output.logits
-
-
-def _per_example(
+def _values(
   term: Term, student: Any, teacher: Any | None, batch: Batch, step: Array
 ) -> Float[Array, " *batch"]:
-  """The term's loss times T**power, 0 where the example weighs nothing."""
-  traits, counts = term.traits, _counts(term, batch)
-  arguments = [_counted(counts, student)]
-  if traits.teacher:
-    assert teacher is not None, term.name  # refused by name in `check`
-    arguments.append(_counted(counts, teacher))
-  if traits.labels:
-    arguments.append(_counted(counts, batch["label"]))
-  hparams = _hparams(term, step)
-  if traits.couples:
-    hparams["where"] = counts
+  """The term's loss times T**power; of several T, the mean."""
+  arguments, hparams = term_inputs.arguments(
+    term, student, teacher, batch, step
+  )
   if not term.temperatures:
-    return _fits(term, counts, term.loss(*arguments, **hparams))
+    return term.loss(*arguments, **hparams)
+  power = term.traits.power if term.scale_by_temperature else 0
   scaled = []
   for temperature in term.temperatures:
     t = temperature(step)
-    power = traits.power if term.scale_by_temperature else 0
     scaled.append(t**power * term.loss(*arguments, temperature=t, **hparams))
-  return _fits(term, counts, functools.reduce(jnp.add, scaled) / len(scaled))
+  return functools.reduce(jnp.add, scaled) / len(scaled)
 
 
-def _counts(term: Term, batch: Batch) -> Array:
-  return row_weights(term, batch) > 0
-
-
-def _counted(counts: Array, tree: Any) -> Any:
-  """`tree` with 0 where an example weighs nothing.
-
-  Replaced before the loss, not after: a NaN there would come back through the
-  gradient of a `where`.
-  """
-
-  def one(x: Any) -> Any:
-    if isinstance(x, LinearLogits):
-      return dataclasses.replace(x, hidden=one(x.hidden))
-    shape = counts.shape + (1,) * (x.ndim - counts.ndim)
-    return jnp.where(counts.reshape(shape), x, 0)
-
-  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, LinearLogits))
-
-
-def _fits(term: Term, counts: Array, values: Array) -> Array:
-  if jnp.shape(values) != counts.shape:
+def _masked_sum(
+  term: Term, values: Float[Array, " *batch"], batch: Batch
+) -> tuple[Array, Array]:
+  """(Σ weight · value, Σ weight) over the rows that weigh anything."""
+  rows = term_inputs.row_weights(term, batch)
+  if jnp.shape(values) != rows.shape:
     raise errors.UserError(
       f"the loss of term {term.name!r} has shape {jnp.shape(values)}, must be "
-      f"{counts.shape}: one number an example"
+      f"{rows.shape}: one number an example"
     )
-  return _counted(counts, values)
+  return jnp.sum(rows * jnp.where(rows > 0, values, 0.0)), rows.sum()
 
 
 def _add(
@@ -231,12 +183,10 @@ def _add(
   sums: Sums,
 ) -> None:
   """Puts the masked sum of a term into `sums`, its share into `totals`."""
-  rows = row_weights(term, batch)
-  value = jnp.sum(rows * jnp.where(rows > 0, values, 0.0))
-  weight = schedules.schedule(term.weight)(step)
-  share = weight * value / _nonzero(divide_by[term.name])
+  sums[term.name] = _masked_sum(term, values, batch)
+  share = schedules.schedule(term.weight)(step) * sums[term.name][0]
+  share /= _nonzero(divide_by[term.name])
   totals[term.group] = totals.get(term.group, 0.0) + share
-  sums[term.name] = (value, rows.sum())
 
 
 def metrics(objective: Objective, sums: Sums, step: Array) -> dict[str, Array]:
@@ -250,10 +200,6 @@ def metrics(objective: Objective, sums: Sums, step: Array) -> dict[str, Array]:
   for name, values in objective.shown.items():
     named[name] = values(step)
   return {k: jnp.asarray(v, jnp.float32) for k, v in named.items()}
-
-
-def _hparams(term: Term, step: Array) -> dict[str, Any]:
-  return {k: v(step) if callable(v) else v for k, v in term.hparams.items()}
 
 
 def _nonzero(weight: Array) -> Array:

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, parallel, totals
+from kdjax import errors, parallel, term_inputs, totals
 from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
@@ -60,9 +60,8 @@ def init_state(
     ours = _spec(student, (params, stats), batch, goal.taps(0))
     theirs = teacher and _spec(teacher, frozen, batch, goal.taps(1))
     for n, term in enumerate(owners):
-      assert term.init is not None
-      term_params[term.name], term_state[term.name] = term.init(
-        jax.random.fold_in(term_key, n), *totals.sides(term, ours, theirs)
+      term_params[term.name], term_state[term.name] = term_inputs.init_term(
+        term, jax.random.fold_in(term_key, n), ours, theirs, batch
       )
   trained = {"student": params, "terms": term_params}
   return TrainState(

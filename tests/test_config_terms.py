@@ -1,5 +1,7 @@
 """A config's terms: which loss on which taps, by which map and projector."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from kdjax import config, losses, terms, totals
+from kdjax import config, losses, term_inputs, terms, totals
 from kdjax.errors import UserError
 from kdjax.types import Output
 
@@ -19,12 +21,16 @@ SHAPES = {
     "stage_2": (2, 2, 6),
     "pooled": (6,),
     "distillation_logits": (CLASSES,),
+    "block_1": (3, 6),
+    "block_2": (3, 6),
   },
   "teacher": {
     "stage_1": (4, 4, 3),
     "stage_2": (2, 2, 8),
     "stage_3": (1, 1, 8),
     "pooled": (8,),
+    "block_1": (3, 8),
+    "block_2": (3, 8),
   },
 }
 
@@ -66,6 +72,10 @@ def made(num_examples=0, **entries):
   return goal.terms[2:]
 
 
+def initial(term):
+  return term_inputs.init_term(term, jax.random.key(0), STUDENT, TEACHER, ROWS)
+
+
 def loss(term, step=0):
   """`loss/<name>` and its share of the total, by the step's own way."""
   divide_by = totals.denominators([term], ROWS)
@@ -73,10 +83,9 @@ def loss(term, step=0):
     args = [term], STUDENT.logits, TEACHER.logits, ROWS, divide_by
     shares, sums = totals.logit_terms(*args, jnp.int32(step))
   else:
-    specs = totals.sides(term, STUDENT, TEACHER)
     variables = ({}, {})
     if term.init is not None:
-      variables = jax.jit(term.init)(jax.random.key(0), *specs)
+      variables = initial(term)
     shares, sums, _ = totals.other_terms(
       [term],
       STUDENT,
@@ -179,8 +188,7 @@ def test_a_projector_is_made_for_each_pair():
   for term, (inputs, outputs) in zip(got, ((3, 3), (6, 8))):
     assert term.init is not None
     assert term.coupled
-    specs = totals.sides(term, STUDENT, TEACHER)
-    params, _ = jax.eval_shape(term.init, jax.random.key(0), *specs)
+    params, _ = jax.eval_shape(functools.partial(initial, term))
     layers = params["projector"]["0"]
     assert layers["layer_0"]["kernel"].shape == (inputs, 7)
     assert layers["layer_1"]["kernel"].shape == (7, outputs)
@@ -265,8 +273,7 @@ def test_a_term_that_owns_variables_gets_its_arguments():
     2.0,
     ("stage_2", "stage_2"),
   )
-  specs = totals.sides(vid, STUDENT, TEACHER)
-  params, _ = jax.jit(vid.init)(jax.random.key(0), *specs)
+  params, _ = initial(vid)
   np.testing.assert_allclose(
     jax.nn.softplus(params["term"]["raw_variance"]) + 1e-5, 4.0, rtol=1e-5
   )
@@ -279,8 +286,7 @@ CRD = dict(name="crd", weight=0.8, student="pooled", teacher="pooled")
 
 def test_a_bank_has_a_row_for_each_example_of_the_data():
   (term,) = made(300, c=CRD | dict(embedding=4, num_negatives=3))
-  specs = totals.sides(term, STUDENT, TEACHER)
-  _, state = jax.eval_shape(term.init, jax.random.key(0), *specs)
+  _, state = jax.eval_shape(functools.partial(initial, term))
   rows, width = state["student_bank"].shape
   assert rows >= 300
   assert width == 4
@@ -291,12 +297,14 @@ def test_a_bank_has_a_row_for_each_example_of_the_data():
 
 def test_every_loss_and_term_can_be_named():
   for name in {**losses.TAP_LOSSES, **terms.TERMS}:
+    taps, more = "stage_[12]", {}
+    if name == "self_relations":
+      taps, more = "block_[12]", {"num_relation_heads": 2}
     got = made(
-      300,
-      t=dict(name=name, weight=1.0, student="stage_[12]", teacher="stage_[12]"),
+      300, t=dict(name=name, weight=1.0, student=taps, teacher=taps) | more
     )
     assert len(got) == (1 if name in ("review", "flow") else 2), name
-  for name in losses.LOGIT_LOSSES:
+  for name in {**losses.LOGIT_LOSSES, **losses.SPAN_LOSSES}:
     (term,) = made(t=dict(name=name, weight=1.0))
     assert term.reads_logits
 
@@ -321,9 +329,9 @@ def test_every_loss_and_term_can_be_named():
     (
       hint("stag_1", "stage_1"),
       "terms.t: unknown student tap 'stag_1': did you mean 'stage_1'. known: "
-      "distillation_logits, pooled, stage_1, stage_2",
+      "block_1, block_2, distillation_logits, pooled, stage_1, stage_2",
     ),
-    (hint("stage_1", "block_*"), "known: pooled, stage_1, stage_2, stage_3"),
+    (hint("stage_1", "layer_*"), "known: block_1, .*stage_2, stage_3"),
     (hint(["stage_9"], ["stage_1"]), "unknown student tap 'stage_9'"),
     (hint("logits", "stage_[12]"), r"unknown teacher tap 'stage_\[12\]'"),
     (hint(["stage_1", "stage_2"], "stage_1"), "maps 2 student taps to 1"),
@@ -372,6 +380,11 @@ def test_every_loss_and_term_can_be_named():
     ),
     (hint("stage_1", "stage_1", name="flow"), "terms.t: got 1 pair of taps"),
     (CRD | dict(embeding=3), "did you mean 'embedding'"),
+    (
+      hint("stage_1", "stage_1", name="self_relations", num_relation_heads=2),
+      "relates the queries, keys and values of a layer and got the tap",
+    ),
+    (hint("block_1", "block_1", name="self_relations"), "num_relation_heads"),
     (CRD | dict(num_examples=2), "of 2 rows is smaller than the dataset's 9"),
   ],
 )

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdjax import losses, totals
+from kdjax import losses, term_inputs, totals
 from kdjax.errors import UserError
 from kdjax.losses import fused
 from kdjax.objective import Objective, Term, hinton
@@ -203,4 +203,4 @@ def test_step_agrees_with_that_of_the_whole_logits():
 def test_term_that_reads_the_logits_as_a_tap_is_refused():
   output = Output(STUDENT)
   with pytest.raises(UserError, match=r"tap 'logits', and the head is not"):
-    totals.activation(output, "logits")
+    term_inputs.activation(output, "logits")

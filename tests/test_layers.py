@@ -19,6 +19,7 @@ ROWS = [
     "recipes",
   },
   {"objective"},
+  {"term_inputs"},
   {"totals", "projectors"},
   {"adapters", "parallel", "terms", "generate"},
   {"train_step", "evaluate", "pretrained", "simkd"},

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import kdjax
-from kdjax import projectors, terms, totals
+from kdjax import projectors, term_inputs, terms, totals
 from kdjax.errors import UserError
 from kdjax.losses import features
 from kdjax.objective import each
@@ -69,7 +69,7 @@ def spec(tree):
 
 
 def initial(term, pair, key=KEY):
-  return term.init(key, *totals.sides(term, *spec(pair)))
+  return term_inputs.init_term(term, key, *spec(pair), {"mask": np.ones(B)})
 
 
 @functools.cache

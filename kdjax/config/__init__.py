@@ -12,6 +12,7 @@ from kdjax.config.network import dtype, loaded, model
 from kdjax.config.optimizers import Optimizer, optimizer
 from kdjax.config.texts import (
   Decoders,
+  by_spans,
   causal_lm,
   decoder_params,
   decoders_of,
@@ -24,6 +25,7 @@ __all__ = [
   "Decoders",
   "Optimizer",
   "augment",
+  "by_spans",
   "causal_lm",
   "check_keys",
   "decoder_params",

@@ -1,5 +1,6 @@
 """A config's objective: the two losses, and the further terms."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from kdjax.objective import Objective, Term, each
 
 # What a loss is given by the objective, not by the config.
 _GIVEN = {"student", "teacher", "labels", "temperature", "where"}
+# The losses on logits that a config names.
+_LOGIT_LOSSES = {**losses.LOGIT_LOSSES, **losses.SPAN_LOSSES}
 # These read several taps at once: all pairs of their layer map, or each two
 # that follow one another. All others make a term of each pair.
 _JOINED: dict[str, Callable[..., list[Any]]] = {
@@ -62,7 +65,7 @@ def _terms(
   for needed in ("name", "weight"):
     if arguments.get(needed) is None:
       raise errors.UserError(f"{what} lacks {needed!r}: add it to the config")
-  known = {**losses.LOGIT_LOSSES, **losses.TAP_LOSSES, **terms.TERMS}
+  known = {**_LOGIT_LOSSES, **losses.TAP_LOSSES, **terms.TERMS}
   takes = parameters(errors.choose(f"loss of {what}", arguments["name"], known))
   tempered = arguments.get("temperature") is not None
   if tempered and "temperature" not in takes:
@@ -74,7 +77,7 @@ def _terms(
     arguments.pop("temperature", None), f"temperature of {what}"
   )
   loss = arguments["name"]
-  if loss in losses.LOGIT_LOSSES and "student" not in arguments:
+  if loss in _LOGIT_LOSSES and "student" not in arguments:
     fn = _logit_loss(arguments, what)
     return [Term(name, fn, weight, temperature, hparams(arguments, what))]
   pairs = _pairs(arguments, what, taps)
@@ -156,7 +159,7 @@ def _tap_term(
     bound = {"name": name, "taps": taps, "weight": weight}
     given = hparams(arguments, what)
     return errors.call(what, terms.TERMS[loss], {**given, **bound})
-  if loss in losses.LOGIT_LOSSES:
+  if loss in _LOGIT_LOSSES:
     fn = _logit_loss(arguments, what)
   else:
     fn = losses.TAP_LOSSES[take_name(arguments, what)]
@@ -167,14 +170,19 @@ def _tap_term(
 
 
 def _logit_loss(arguments: dict[str, Any], what: str) -> Callable[..., Any]:
-  """The loss named; `name` and the transforms leave the arguments.
+  """The loss named; `name` and what changes it leave the arguments.
 
   `zscore=True` standardises both logits; `teacher_temperature` stays, as an
-  argument that the transformed loss takes.
+  argument that the transformed loss takes. `divergence` of likelihood_matching
+  names another loss.
   """
   loss = errors.choose(
-    f"loss of {what}", take_name(arguments, what), losses.LOGIT_LOSSES
+    f"loss of {what}", take_name(arguments, what), _LOGIT_LOSSES
   )
+  if "divergence" in arguments and "divergence" in parameters(loss):
+    name = arguments.pop("divergence")
+    chosen = errors.choose(f"divergence of {what}", name, _divergences())
+    loss = functools.partial(loss, divergence=chosen)
   if "teacher_temperature" in arguments:
     loss = losses.with_teacher_temperature(loss)
   if arguments.pop("zscore", False):
@@ -183,13 +191,24 @@ def _logit_loss(arguments: dict[str, Any], what: str) -> Callable[..., Any]:
   return loss
 
 
+def _divergences() -> dict[str, Callable[..., Any]]:
+  """The losses of two logits and nothing else, one example at a time."""
+  declared = {n: losses.traits(f) for n, f in losses.LOGIT_LOSSES.items()}
+  return {
+    name: losses.LOGIT_LOSSES[name]
+    for name, traits in declared.items()
+    if traits.teacher and not traits.labels and not traits.couples
+  }
+
+
 def _check_arguments(
   arguments: dict[str, Any],
   loss: Callable[..., Any],
   what: str,
   also: tuple[str, ...] = (),
 ) -> None:
-  takes = set(parameters(loss)) - _GIVEN
+  read = losses.traits(loss, losses.Traits()).reads
+  takes = set(parameters(loss)) - _GIVEN.union(read)
   for name in arguments:
     if name not in takes:
       raise errors.unknown(f"argument of {what}", name, {*takes, *also})

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from kdjax import checkpoint, errors, parallel, pretrained
+from kdjax import checkpoint, errors, losses, parallel, pretrained
 from kdjax.config.network import dtype
 from kdjax.config.values import plain
 from kdjax.data import text
@@ -23,26 +23,39 @@ PYTHON_SOURCES = "python_sources"
 class Decoders(NamedTuple):
   """The two networks of a config, as far as their files and keys tell.
 
+  Each is a mapping by side, "teacher" and "student".
+
   Attributes:
-    nets: side -> architecture.
-    tokenizers: side -> its own tokenizer.
-    tokenizer: what texts are read by: of the two the one of fewer tokens.
-    num_classes: how many tokens both have; the rest is padding.
+    nets: the architectures.
+    tokenizers: each network's own.
+    reads: the tokenizer that its texts are read by.
+    num_classes: how many of its classes are no padding.
     warnings: differences that do not forbid distilling, a line each.
   """
 
   nets: Mapping[str, Architecture]
   tokenizers: Mapping[str, text.Tokenizer]
-  tokenizer: text.Tokenizer
-  num_classes: int
-  warnings: tuple[str, ...]
+  reads: Mapping[str, text.Tokenizer]
+  num_classes: Mapping[str, int]
+  warnings: tuple[str, ...] = ()
+
+
+def by_spans(config: Any) -> bool:
+  """Whether a loss of the config compares networks of two tokenizers."""
+  named = [config.soft, *config.terms.values()]
+  return any(term.get("name") in losses.SPAN_LOSSES for term in named)
 
 
 def decoders_of(config: Any) -> Decoders:
-  """Teacher and student, whose vocabularies must be one.
+  """Teacher and student.
+
+  Where losses compare them token by token their vocabularies are one, and of
+  the two tokenizers that of fewer tokens reads the texts: what has further ones
+  would give ids that the other does not know.
 
   Raises:
-    UserError: no network or no tokenizer is named; the two differ.
+    UserError: no network or no tokenizer is named; two vocabularies, and losses
+      that compare token by token; more tokens than rows of the embedding.
   """
   nets, given = {}, {}
   for side in ("teacher", "student"):
@@ -59,17 +72,24 @@ def decoders_of(config: Any) -> Decoders:
       "there is no tokenizer: neither path is a checkpoint that has one; set "
       "teacher.tokenizer to a folder, to bytes or to bpe:SIZE"
     )
+  own = {"teacher": teacher, "student": student}
+  if by_spans(config):
+    for side, tokenizer in own.items():
+      text.check_rows(tokenizer, nets[side].vocab_size, side)
+    sizes = {side: tokenizer.size for side, tokenizer in own.items()}
+    return Decoders(nets, own, own, sizes)
   shared = text.shared_vocabulary(
     student,
     teacher,
     student_rows=nets["student"].vocab_size,
     teacher_rows=nets["teacher"].vocab_size,
   )
+  fewer = min(student, teacher, key=lambda t: t.size)
   return Decoders(
     nets,
-    {"teacher": teacher, "student": student},
-    min(student, teacher, key=lambda t: t.size),
-    shared.size,
+    own,
+    dict.fromkeys(own, fewer),
+    dict.fromkeys(own, shared.size),
     shared.warnings,
   )
 

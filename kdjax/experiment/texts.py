@@ -1,6 +1,7 @@
 """Language models: the texts and decoders of a config, and their phases."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,11 +20,9 @@ from kdjax.generate import generate
 from kdjax.loop import distill
 from kdjax.losses import fused
 from kdjax.models.decoder import flops_per_token
-from kdjax.objective import Term
+from kdjax.objective import Objective, Term
 from kdjax.preflight import check_outputs
 from kdjax.types import Batch, Variables
-
-SIDES = ("teacher", "student")
 
 
 class TextExperiment:
@@ -32,35 +31,33 @@ class TextExperiment:
   def __init__(self, config: Any):
     self.config, self.mesh = config, parallel.make_mesh()
     self.optimizers = phases.optimizers(config, self.mesh)
-    made = configuration.decoders_of(config)
-    for line in made.warnings:
+    self.made = configuration.decoders_of(config)
+    for line in self.made.warnings:
       print(f"kdjax: {line}", file=sys.stderr)
-    self.nets, self.num_classes = made.nets, made.num_classes
-    self.tokenizer = made.tokenizer
+    self.by_spans = configuration.by_spans(config)
     self._read_texts()
-    c = config.data
-    for side in SIDES:
-      text.check_length(c.sequence_length, self.nets[side].context)
     self.models = {
       side: configuration.causal_lm(
-        self.nets[side], config[side], config.head, self.num_classes
+        net, config[side], config.head, self.made.num_classes[side]
       )
-      for side in SIDES
+      for side, net in self.made.nets.items()
     }
+    teacher = self.models["teacher"]
+    self.teacher = (
+      adapters.reading(teacher, "teacher_") if self.by_spans else teacher
+    )
     self.layout = fused.over(self.mesh)
-    self.example = next(iter(self._eval_batches()))
-    frozen = self._shapes("teacher")
-    ours, theirs = self._taps()
-    self.goal = configuration.goal(config, ours, theirs)
+    self.example = next(iter(self._batches("student", 0)))
+    self.goal = self._goal()
     phases.check_goal(config, self.goal, named=bool(config.teacher.path))
     phases.trace(
       config,
       self.models["student"],
-      self.models["teacher"],
+      self.teacher,
       self.goal,
       self.optimizers["distilled"],
-      frozen,
-      phases.batch_shapes(self.example, c.batch_size),
+      self._shapes("teacher"),
+      self.example,
       layout=self.layout,
     )
     self.start = self._loaded("student")
@@ -68,10 +65,11 @@ class TextExperiment:
     if self.loaded is not None:
       check_outputs(
         self.models["student"],
-        self.models["teacher"],
+        self.teacher,
         self._shapes("student"),
         self.loaded,
         self.example,
+        comparable=not self.by_spans,
       )
     self.evaluators: dict[str, Any] = {}
 
@@ -79,8 +77,7 @@ class TextExperiment:
     self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
   ) -> Variables:
     """`(params, stats)` of the phase's network, trained from where it was."""
-    c = self.config
-    side = "teacher" if phase == "teacher" else "student"
+    side = _side(phase)
     terms: Any = {
       "teacher": [Term("hard", losses.cross_entropy, group="hard")],
       "alone": [dataclasses.replace(self.goal.terms[0], weight=1.0)],
@@ -89,24 +86,16 @@ class TextExperiment:
     taught = phase == "distilled"
     return distill(
       student=self.models[side],
-      teacher=self.models["teacher"] if taught else None,
+      teacher=self.teacher if taught else None,
       teacher_variables=frozen if taught else (),
-      train=text.train_batches(
-        self.tokens,
-        batch_size=c.data.batch_size,
-        sequence_length=c.data.sequence_length,
-        seed=seed,
-        cut=self.cut,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-      ),
-      evaluate_on=self._eval_batches(),
+      train=self._batches(side, seed),
+      evaluate_on=self._eval_batches(side),
       terms=terms,
-      student_variables=None if phase == "teacher" else self.start,
+      student_variables=None if side == "teacher" else self.start,
       layout=self.layout,
       mesh=self.mesh,
       folder=folder,
-      **phases.of_distill(c, phase, seed, self.optimizers[phase]),
+      **phases.of_distill(self.config, phase, seed, self.optimizers[phase]),
     ).variables
 
   def stored(self, variables: Variables) -> Variables:
@@ -118,40 +107,76 @@ class TextExperiment:
     self, phase: str, variables: Variables, frozen: PyTree
   ) -> dict[str, Any]:
     """Size, cost, quality on the held-out texts, and what it writes."""
-    side = "teacher" if phase == "teacher" else "student"
+    side = _side(phase)
     if side not in self.evaluators:
+      other = None if self.by_spans else self.teacher
       self.evaluators[side] = evaluate.make_evaluate(
-        self.models[side], self.models["teacher"], self.mesh, self.layout
+        self.models[side], other, self.mesh, self.layout
       )
-    length = self.config.data.sequence_length
+    flops = flops_per_token(self.made.nets[side], self.lengths[side])
     return {
       "parameters": evaluate.num_parameters(variables[0]),
-      "flops_per_token": flops_per_token(self.nets[side], length),
-      **self.evaluators[side](variables, frozen, self._eval_batches()),
+      "flops_per_token": flops,
+      **self.evaluators[side](variables, frozen, self._eval_batches(side)),
       "samples": self._samples(side, variables),
     }
 
   def _read_texts(self) -> None:
-    c = self.config.data
+    """The tokens of both sides: the same where one tokenizer reads for both."""
+    c, reads = self.config.data, self.made.reads
+    folder = configuration.token_folder(c)
     documents, held_out = configuration.documents(c)
-    self.tokens, self.held_out = (
-      text.tokenize(
-        part,
-        self.tokenizer,
-        folder=configuration.token_folder(c),
+    self.lengths = {
+      "student": c.sequence_length,
+      "teacher": c.teacher_length or c.sequence_length,
+    }
+    if not self.by_spans:
+      self.lengths["teacher"] = c.sequence_length
+    for side, net in self.made.nets.items():
+      text.check_length(self.lengths[side], net.context)
+    tokens = functools.partial(
+      text.tokenize, folder=folder, skip_empty=c.skip_empty
+    )
+    self.tokens = {side: tokens(documents, reads[side]) for side in reads}
+    self.held_out = {side: tokens(held_out, reads[side]) for side in reads}
+    if self.by_spans:
+      self.pairs = text.tokenize_pair(
+        documents,
+        reads["student"],
+        reads["teacher"],
+        folder=folder,
         skip_empty=c.skip_empty,
       )
-      for part in (documents, held_out)
-    )
     # Conversations are laid into rows whole, texts are cut where a row ends.
     self.cut = isinstance(documents.examples[0], str)
 
-  def _eval_batches(self) -> Iterable[Batch]:
-    c = self.config.data
+  def _batches(self, side: str, seed: int) -> Iterable[Batch]:
+    """What a network learns from; the student, alone too, from pairs if any."""
+    rows = dict(
+      batch_size=self.config.data.batch_size,
+      seed=seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    if side == "student" and self.by_spans:
+      return text.pair_batches(
+        self.pairs,
+        sequence_length=self.lengths["student"],
+        teacher_length=self.lengths["teacher"],
+        **rows,
+      )
+    return text.train_batches(
+      self.tokens[side],
+      sequence_length=self.lengths[side],
+      cut=self.cut,
+      **rows,
+    )
+
+  def _eval_batches(self, side: str) -> Iterable[Batch]:
     return text.eval_batches(
-      self.held_out,
+      self.held_out[side],
       batch_size=phases.eval_rows(self.config, self.mesh),
-      sequence_length=c.sequence_length,
+      sequence_length=self.lengths[side],
       cut=self.cut,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -161,45 +186,52 @@ class TextExperiment:
     init = self.models[side].init
     return jax.eval_shape(init, jax.random.key(0), self.example)
 
-  def _taps(self) -> list[Iterable[str]]:
-    """Those of the student and of the teacher, where a term may ask."""
+  def _goal(self) -> Objective:
+    """The objective, its taps chosen from those that the networks have."""
     if not self.config.terms:
-      return [(), ()]
-    return [
-      adapters.tap_specs(self.models[side], self._shapes(side), self.example)
-      for side in ("student", "teacher")
-    ]
+      return configuration.goal(self.config)
+    networks = {"student": self.models["student"], "teacher": self.teacher}
+    return configuration.goal(
+      self.config,
+      *(
+        adapters.tap_specs(network, self._shapes(side), self.example)
+        for side, network in networks.items()
+      ),
+    )
 
   def _loaded(self, side: str) -> Variables | None:
     c = self.config[side]
     stored = configuration.dtype(c.dtype) if side == "teacher" else None
     params = configuration.decoder_params(
-      c, self.nets[side], self.models[side], self.mesh, stored=stored
+      c, self.made.nets[side], self.models[side], self.mesh, stored=stored
     )
     return None if params is None else (params, {})
 
   def _samples(self, side: str, variables: Variables) -> list[list[str]]:
     """[prompt, what the network writes after it] of each prompt."""
-    c = self.config.sample
+    c, reads = self.config.sample, self.made.reads[side]
     greedy = not c.temperature
     written = []
     for n, prompt in enumerate(c.prompts):
-      (encoded,) = self.tokenizer.encode([prompt])
-      ids = np.concatenate([self.tokenizer.prefix, encoded.ids]).astype(int)
-      eos = self.tokenizer.eos
+      (encoded,) = reads.encode([prompt])
+      ids = np.concatenate([reads.prefix, encoded.ids]).astype(int)
       made = generate(
-        self.nets[side],
+        self.made.nets[side],
         variables[0],
         jnp.asarray(ids)[None],
         max_new_tokens=c.max_new_tokens,
         key=None if greedy else jax.random.key(n),
         sampling_temperature=c.temperature or 1.0,
         top_p=c.top_p,
-        stop_tokens=() if eos is None else (eos,),
-        pad_token=self.tokenizer.pad,
-        num_classes=self.num_classes,
-        dtype=jnp.float32,
+        stop_tokens=() if reads.eos is None else (reads.eos,),
+        pad_token=reads.pad,
+        num_classes=self.made.num_classes[side],
+        dtype=configuration.dtype(self.config[side].dtype),
       )
       tokens = np.asarray(made.tokens[0])[: int(made.lengths[0])]
-      written.append([prompt, self.tokenizer.decode(tokens.tolist())])
+      written.append([prompt, reads.decode(tokens.tolist())])
     return written
+
+
+def _side(phase: str) -> str:
+  return "teacher" if phase == "teacher" else "student"

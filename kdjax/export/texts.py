@@ -36,12 +36,14 @@ def export(run: Located, output: Path, network: str) -> list[Exported]:
     files = sorted(Path(folder).iterdir())
     net = made.nets[side]
     decoders.write(output, params, net, dtype=np.dtype(stored), beside=files)
-  rows = [_measured(network, net, params, made.num_classes)]
+  rows = [_measured(network, net, params, made.num_classes[side])]
   # A teacher from elsewhere may not fit where its student is exported.
   if side == "student" and not run.config.teacher.path:
     teacher = _params(run, made, "teacher")
     net = made.nets["teacher"]
-    rows.insert(0, _measured("teacher", net, teacher, made.num_classes))
+    rows.insert(
+      0, _measured("teacher", net, teacher, made.num_classes["teacher"])
+    )
   return rows
 
 
@@ -49,7 +51,7 @@ def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
   side = "teacher" if network == "teacher" else "student"
   c = run.config[side]
   model = configuration.causal_lm(
-    made.nets[side], c, run.config.head, made.num_classes
+    made.nets[side], c, run.config.head, made.num_classes[side]
   )
   if side == "teacher" and c.path:
     loaded = configuration.decoder_params(

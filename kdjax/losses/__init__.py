@@ -10,7 +10,9 @@ are renormalised over the rest. An empty support, or a label outside it, is NaN.
 
 Losses on activations take maps `[B, H, W, C]`, tokens `[B, S, D]` or vectors
 `[B, D]`, and give `[B]`. Those that compare examples with one another say so
-(`couples`), and take `where` [B], the examples that exist.
+(`couples`), and take `where` [B], the examples that exist. Of a text every
+token is an example: `[B, S, D]` comes as `[B · S, D]`, unless a loss says that
+it takes whole sequences.
 
 To add a loss, touch three files:
   1. `losses/<family>.py`: the function, `(student, teacher[, labels], *,
@@ -68,6 +70,7 @@ from kdjax.losses.relations import (
   relational_distance,
   similarity_preserving,
 )
+from kdjax.losses.self_relations import self_relations
 from kdjax.losses.traits import Traits, logit_loss, tap_loss, traits
 from kdjax.losses.transfer import (
   attention_maps,
@@ -102,6 +105,12 @@ LOGIT_LOSSES: dict[str, Callable[..., Any]] = {
   "wttm": wttm,
 }
 
+# Those on logits of two tokenizations, one number a span, likewise.
+SPAN_LOSSES: dict[str, Callable[..., Any]] = {
+  "likelihood_matching": likelihood_matching,
+  "universal_logits": universal_logits,
+}
+
 # The losses on activations alone, by the name that configs give. Those that
 # need more (a margin, a variance, a generator, a bank) are in `kdjax.terms`.
 TAP_LOSSES: dict[str, Callable[..., Any]] = {
@@ -127,6 +136,7 @@ TAP_LOSSES: dict[str, Callable[..., Any]] = {
 
 __all__ = [
   "LOGIT_LOSSES",
+  "SPAN_LOSSES",
   "TAP_LOSSES",
   "Traits",
   "activation_boundary",
@@ -164,6 +174,7 @@ __all__ = [
   "relational_distance",
   "reverse_kl",
   "review",
+  "self_relations",
   "similarity_preserving",
   "simple",
   "skew_kl",

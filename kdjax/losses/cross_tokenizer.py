@@ -22,7 +22,7 @@ from kdjax.types import UserError
 _RESOLUTION = 1e-7
 
 
-@logit_loss(power=1)
+@logit_loss(power=1, takes="spans", reads=("span", "teacher_span"))
 def universal_logits(
   student: Float[Array, "b s classes"],
   teacher: Float[Array, "b t other_classes"],
@@ -73,7 +73,11 @@ def universal_logits(
   return jnp.where(exists, jnp.sum(gap, axis=-1), 0.0)
 
 
-@logit_loss(power=1)
+@logit_loss(
+  power=1,
+  takes="spans",
+  reads=("label", "teacher_label", "span", "teacher_span"),
+)
 def likelihood_matching(
   student: Float[Array, "b s classes"],
   teacher: Float[Array, "b t other_classes"],

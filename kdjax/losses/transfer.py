@@ -103,8 +103,8 @@ def _attention(x: Array, power: ArrayLike) -> Array:
 
 @tap_loss()
 def attention_maps(
-  student: Float[Array, "b hs qs ks"],
-  teacher: Float[Array, "b ht qt kt"],
+  student: Float[Array, "b hs *qs ks"],
+  teacher: Float[Array, "b ht *qt kt"],
   *,
   distance: Literal["kl", "mse"] = "kl",
   where: Shaped[Array, "b s"] | None = None,
@@ -119,7 +119,8 @@ def attention_maps(
   p does not, q counts as 1e-38 and gets no gradient there: the value is finite.
 
   Args:
-    student, teacher: [B, heads, S, S]: after the softmax over the last axis.
+    student, teacher: [B, heads, S, S], after the softmax over the last axis; or
+      [B, heads, S] of one query each, as where tokens are examples.
     where: [B, S], true for the tokens that exist. The others are no queries,
       and as keys add nothing.
 
@@ -130,18 +131,22 @@ def attention_maps(
   """
   student, teacher = both(student, teacher)
   ours, theirs = student.shape, teacher.shape
-  if len(ours) != 4 or (ours[0], *ours[2:]) != (theirs[0], *theirs[2:]):
+  alike = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
+  if len(ours) not in (3, 4) or not alike:
     raise UserError(
       f"student attention has shape {ours}, the teacher's {theirs}, needs "
       "[B, heads, S, S] with equal B and S: choose other taps"
     )
+  # One query, of an example that is a token.
+  if len(ours) == 3:
+    student, teacher = student[:, :, None], teacher[:, :, None]
   if ours[1] != theirs[1]:
     student = jnp.mean(student, axis=1, keepdims=True)
     teacher = jnp.mean(teacher, axis=1, keepdims=True)
-  if where is None:
-    where = jnp.ones((ours[0], ours[-1]), bool)
-  exists = jnp.asarray(where, bool)[:, None, :, None]
-  pairs = exists & jnp.asarray(where, bool)[:, None, None, :]
+  exists = pairs = jnp.ones((1, 1, 1, 1), bool)
+  if where is not None:
+    exists = jnp.asarray(where, bool)[:, None, :, None]
+    pairs = exists & jnp.swapaxes(exists, 2, 3)
   q, p = jnp.where(pairs, student, 0.0), jnp.where(pairs, teacher, 0.0)
   if distance == "kl":
     log_ratio = jnp.log(jnp.maximum(p, _TINY)) - jnp.log(jnp.maximum(q, _TINY))

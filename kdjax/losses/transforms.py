@@ -128,6 +128,11 @@ def _with_teacher(transform: str, loss: Loss) -> Traits:
       f"{transform} got {_name(loss)}, which takes no teacher: give it a loss "
       "that compares two networks"
     )
+  if declared.takes == "spans":
+    raise UserError(
+      f"{transform} got {_name(loss)}, which compares spans of two "
+      "tokenizations: give it a loss that compares class by class"
+    )
   return declared
 
 

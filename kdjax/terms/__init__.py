@@ -1,12 +1,13 @@
-"""Terms whose methods own variables: functions that build a `Term`.
+"""Methods that are more than a loss on two taps: functions that build a `Term`.
 
     terms = [*hinton(alpha=0.1, temperature=4.0).terms,
              review("review", (stages, stages), weight=1.0)]
 
 `(name, taps, *, weight, ...)`; the further arguments are what a config gives.
 What they own is trained, or carried, and saved with the student, and is no part
-of it. For a method that needs a learned map and nothing else, wrap a plain term
-in `projectors.project`.
+of it (`self_relations` owns nothing, and reads several taps of a layer). For a
+method that needs a learned map and nothing else, wrap a plain term in
+`projectors.project`.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from kdjax.terms.features import (
   variational_information,
 )
 from kdjax.terms.review import review
+from kdjax.terms.self_relations import self_relations
 
 # By the name that a config gives.
 TERMS: dict[str, Callable[..., Term]] = {
@@ -30,6 +32,7 @@ TERMS: dict[str, Callable[..., Term]] = {
   "masked_generative": masked_generative,
   "overhaul": overhaul,
   "review": review,
+  "self_relations": self_relations,
   "simple": simple,
   "variational_information": variational_information,
 }
@@ -43,6 +46,7 @@ __all__ = [
   "masked_generative",
   "overhaul",
   "review",
+  "self_relations",
   "simple",
   "variational_information",
 ]

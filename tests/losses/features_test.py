@@ -159,6 +159,21 @@ def test_attention_maps_match_their_equation(distance, heads):
   assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("distance", ["kl", "mse"])
+def test_a_query_may_be_an_example(distance):
+  ours, theirs = (oracle.softmax(array(2, n, 4, 5)) for n in (2, 3))
+  run = oracle.compiled(transfer.attention_maps, distance=distance)
+  rows = [np.swapaxes(x, 1, 2).reshape(8, -1, 5) for x in (ours, theirs)]
+  values, _, _ = run(*rows)
+  q, p = (x.mean(1) for x in rows)
+  want = np.sum(p * np.log(p / q), -1)
+  if distance == "mse":
+    want = np.mean((p - q) ** 2, -1)
+  oracle.close(values, want)
+  whole, _, _ = run(ours, theirs)
+  oracle.close(values.reshape(2, 4).mean(1), whole)
+
+
 def test_attention_to_masked_keys_is_finite():
   masked = np.array([0.0, 0.0, -np.inf])
   ours, theirs = (oracle.softmax(array(2, 2, 3, 3) + masked) for _ in range(2))

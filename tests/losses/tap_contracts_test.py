@@ -286,7 +286,8 @@ WRONG = [
   ("factor", (B, 15, 3), (B, 5, 3, 3)),
   ("nst", (B, 5, 3, 3), (2, 5, 3, 3)),
   ("attention_maps", (B, 2, 3, 3), (B, 2, 4, 4)),
-  ("attention_maps", (B, 3, 3), (B, 3, 3)),
+  ("attention_maps", (B, 3, 3), (B, 3, 4)),
+  ("attention_maps", (B, 3), (B, 3)),
 ]
 
 
