@@ -86,17 +86,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _gained(results: dict[str, Any]) -> str:
+  """The line below the table: what distillation is good for."""
   gain, count = results["gain"], len(results["seeds"])
   if "bits_per_byte" in gain:
-    metric, form, sign = "bits_per_byte", "saves {:+.4f} bits per byte", -1
+    metric, factor, form = "bits_per_byte", 1, ".4f"
+    line = "distillation changes bits per byte by {}"
   else:
-    metric, form, sign = "accuracy", "gains {:+.2f} points of accuracy", 100
+    metric, factor, form = "accuracy", 100, ".2f"
+    line = "distillation gains {} points of accuracy"
   mean, error = gain[metric]["mean"], gain[metric]["stderr"]
-  line = f"distillation {form.format(sign * mean)}"
+  line = line.format(f"{factor * mean:+{form}}")
   if error is not None:
-    digits = 4 if sign == -1 else 2
-    line += f" ± {abs(sign) * error:.{digits}f}"
-    line += f" (standard error, {count} seeds)"
+    line += f" ± {factor * error:{form}} (standard error, {count} seeds)"
   return line
 
 

@@ -190,14 +190,14 @@ class TextExperiment:
     """The objective, its taps chosen from those that the networks have."""
     if not self.config.terms:
       return configuration.goal(self.config)
-    networks = {"student": self.models["student"], "teacher": self.teacher}
-    return configuration.goal(
-      self.config,
-      *(
-        adapters.tap_specs(network, self._shapes(side), self.example)
-        for side, network in networks.items()
-      ),
+    ours, theirs = (
+      adapters.tap_specs(network, self._shapes(side), self.example)
+      for side, network in (
+        ("student", self.models["student"]),
+        ("teacher", self.teacher),
+      )
     )
+    return configuration.goal(self.config, ours, theirs)
 
   def _loaded(self, side: str) -> Variables | None:
     c = self.config[side]

@@ -14,7 +14,6 @@ from kdjax.export import serving
 from kdjax.export.finished import Located, newest
 from kdjax.export.rows import TOKEN, Exported
 from kdjax.generate import generate
-from kdjax.models.decoder import Architecture
 from kdjax.pretrained import decoders
 from kdjax.types import Params
 
@@ -34,17 +33,14 @@ def export(run: Located, output: Path, network: str) -> list[Exported]:
   with tempfile.TemporaryDirectory() as folder:
     text.save(made.tokenizers[side], folder)
     files = sorted(Path(folder).iterdir())
-    net = made.nets[side]
-    decoders.write(output, params, net, dtype=np.dtype(stored), beside=files)
-  rows = [_measured(network, net, params, made.num_classes[side])]
+    decoders.write(
+      output, params, made.nets[side], dtype=np.dtype(stored), beside=files
+    )
+  named = [network]
   # A teacher from elsewhere may not fit where its student is exported.
   if side == "student" and not run.config.teacher.path:
-    teacher = _params(run, made, "teacher")
-    net = made.nets["teacher"]
-    rows.insert(
-      0, _measured("teacher", net, teacher, made.num_classes["teacher"])
-    )
-  return rows
+    named.insert(0, "teacher")
+  return [_measured(run, made, name) for name in named]
 
 
 def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
@@ -64,20 +60,23 @@ def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
 
 
 def _measured(
-  name: str, net: Architecture, params: Params, num_classes: int
+  run: Located, made: configuration.Decoders, network: str
 ) -> Exported:
+  side = "teacher" if network == "teacher" else "student"
+  params = _params(run, made, network)
+
   def write() -> None:
     generate(
-      net,
+      made.nets[side],
       params,
       jnp.zeros((1, 1), jnp.int32),
       max_new_tokens=_TOKENS,
-      num_classes=num_classes,
+      num_classes=made.num_classes[side],
     ).tokens.block_until_ready()
 
   took = serving.timed(write, warm_up=1, fewest=3)
   return Exported(
-    name,
+    network,
     evaluate.num_parameters(params),
     sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
     serving.Latency(took.median / _TOKENS, took.calls),
