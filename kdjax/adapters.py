@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array
 
 from kdjax import errors
-from kdjax.types import Batch, Model, Output, Params, Stats, Variables
+from kdjax.types import (
+  Batch,
+  Model,
+  Output,
+  Params,
+  Stats,
+  Variables,
+  run_once,
+)
 
 Inputs = Callable[[Batch], Array]
 
@@ -53,7 +60,7 @@ def from_nnx(
     # Compiled, the values that are there would become the program's constants.
     compiled = lambda init: init  # noqa: E731
   else:
-    build, compiled = make, _run_once
+    build, compiled = make, run_once
   abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
   kinds = (nnx.Param, nnx.Any(*stats), nnx.RngState)
   graphdef, *groups, rest = nnx.split(abstract, *kinds, ...)
@@ -170,7 +177,7 @@ def from_linen(
     changed = {k: v for k, v in changed.items() if k != "intermediates"}
     return _output(returned, inner, taps), {**stats, **changed}
 
-  return Model(_run_once(init), apply)
+  return Model(run_once(init), apply)
 
 
 def reading(model: Model, prefix: str) -> Model:
@@ -231,19 +238,6 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jnp.asarray(x, dtype) if floating else x
 
   return jax.tree.map(one, tree)
-
-
-def _run_once(init: Callable[..., Any]) -> Callable[..., Any]:
-  """`init`, compiled. On CPU without optimising what will run only once."""
-
-  def compiled(key: Array, batch: Batch) -> tuple[Params, Stats]:
-    if isinstance(key, Tracer):  # options are the outermost jit's
-      return init(key, batch)
-    unoptimised = {"xla_backend_optimization_level": 0}
-    options = unoptimised if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=options)(key, batch)
-
-  return compiled
 
 
 def _output(

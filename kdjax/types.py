@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, PyTree
 
 from kdjax.errors import UserError as UserError
@@ -118,6 +119,9 @@ class Output(NamedTuple):
   taps: Mapping[str, Array] = {}
 
 
+InitFn = Callable[[Array, Batch], tuple[Params, Stats]]
+
+
 class ApplyFn(Protocol):
   def __call__(
     self,
@@ -142,8 +146,21 @@ class Model(NamedTuple):
       `taps` are the names of the activations to return, fixed at trace time.
   """
 
-  init: Callable[[Array, Batch], tuple[Params, Stats]]
+  init: InitFn
   apply: ApplyFn
+
+
+def run_once(init: InitFn) -> InitFn:
+  """`init`, compiled. On CPU without optimising what will run only once."""
+
+  def compiled(key: Array, batch: Batch) -> tuple[Params, Stats]:
+    if isinstance(key, Tracer):  # options are the outermost jit's
+      return init(key, batch)
+    unoptimised = {"xla_backend_optimization_level": 0}
+    options = unoptimised if jax.default_backend() == "cpu" else None
+    return jax.jit(init, compiler_options=options)(key, batch)
+
+  return compiled
 
 
 @jax.tree_util.register_dataclass

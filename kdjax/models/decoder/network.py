@@ -39,6 +39,7 @@ from kdjax.types import (
   Params,
   Stats,
   dense,
+  run_once,
 )
 
 # What is recomputed in the backward pass instead of kept.
@@ -101,7 +102,7 @@ def decoder(
   names = tap_names(made)
 
   def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
-    del batch  # nothing depends on it
+    del batch
     return parameters.init(made, key, param_dtype), {}
 
   def apply(
@@ -129,7 +130,9 @@ def decoder(
     logits = head_of(made, params, x, num_classes)
     return Output(logits, {name: found[name] for name in asked}), stats
 
-  return Model(init, apply)
+  # Without the batch: nothing depends on it, and it may hold anything.
+  drawn = run_once(init)
+  return Model(lambda key, batch: drawn(key, {}), apply)
 
 
 def linear_head(
