@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.eval_path = ""  # of files: others to evaluate on, or
   c.data.eval_share = 0.05  # a share of their documents, set apart
   c.data.skip_empty = False
-  c.data.sequence_length = 32 if smoke else 128
+  c.data.sequence_length = 32 if smoke else 64
   c.data.teacher_length = 0  # with another tokenizer; 0 = as the student's
   c.data.batch_size = 8 if smoke else 16
   c.data.eval_batch_size = 64
@@ -84,9 +84,9 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
   c.phases = ConfigDict()  # one of 0 steps is left out
-  c.phases.teacher = phase(3e-3, 1200)
-  c.phases.alone = phase(6e-3, 1500)
-  c.phases.distilled = phase(6e-3, 1500)
+  c.phases.teacher = phase(3e-3, 2000)
+  c.phases.alone = phase(6e-3, 2000)
+  c.phases.distilled = phase(6e-3, 2000)
 
   # total = alpha * hard + (1 - alpha) * T**2 * soft; numbers or schedules.
   c.alpha = 0.1

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from kdjax import checkpoint, export, parallel, train
 from kdjax.data import text
+from kdjax.data.text import corpus
 from kdjax.models.decoder import architecture
 from kdjax.models.decoder.parameters import init
 from kdjax.pretrained import decoders
@@ -137,8 +139,6 @@ def test_three_networks_are_trained_and_compared(finished):
 def test_bits_per_byte_are_those_of_the_held_out_bytes(finished):
   """From the perplexity, and the corpus' own number of tokens and bytes."""
   results = json.loads((finished / "results.json").read_text())["teacher"]
-  from kdjax.data.text import corpus
-
   data_dir = json.loads((finished / "config.json").read_text())["data"][
     "data_dir"
   ]
@@ -188,8 +188,6 @@ def test_two_checkpoints_with_differently_padded_embeddings(
 
 def change_tokenizer(checkpoints, folder):
   """A copy of the student's checkpoint whose tokenizer has other ids."""
-  import shutil
-
   shutil.copytree(checkpoints / "student", folder)
   path = folder / "tokenizer.json"
   told = json.loads(path.read_text())
@@ -211,6 +209,71 @@ def test_different_tokenizers_are_refused_with_the_alternatives(
   assert "universal_logits or likelihood_matching" in told
   assert len(told.splitlines()) == 1
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("soft", "temperature"),
+  [("universal_logits", 1.0), ("likelihood_matching", 100.0)],
+)
+def test_different_tokenizers_by_the_named_losses(
+  soft, temperature, checkpoints, jsonl, tmp_path, data_dir
+):
+  change_tokenizer(checkpoints, tmp_path / "other")
+  given = [
+    *of_checkpoints(checkpoints, jsonl),
+    f"--config.student.path={tmp_path / 'other'}",
+    f"--config.soft.name={soft}",
+    f"--config.temperature={temperature}",
+    "--config.head=dense",
+  ]
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 0
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  # Class by class there is nothing to compare, byte by byte there is.
+  distilled = results["student_distilled"]
+  assert not {"kl", "agreement"} & set(distilled)
+  assert np.isfinite(distilled["bits_per_byte"])
+  lines = (
+    tmp_path / "run" / "seed_0" / "student_distilled" / "metrics.jsonl"
+  ).read_text()
+  first = json.loads(lines.splitlines()[0])
+  assert first["loss/soft"] > 0
+  assert "kl_at_1" not in first
+  args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  # The student's own tokenizer, not the teacher's.
+  exported = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+  own = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+  assert exported["model"]["vocab"] == own["model"]["vocab"]
+
+
+def test_hidden_states_and_relations_are_terms_of_a_config(
+  checkpoints, jsonl, tmp_path, data_dir
+):
+  given = of_checkpoints(checkpoints, jsonl)
+  config = tmp_path / "config.py"
+  config.write_text(
+    f"""
+import sys
+sys.path.insert(0, {str(CONFIGS)!r})
+import llm
+
+def get_config():
+  c = llm.get_config("smoke")
+  c.terms = dict(
+    hint=dict(name="hint", student="block_*", teacher="block_*", map="evenly",
+              projector=dict(name="linear"), weight=1.0),
+    minilm=dict(name="self_relations", student="block_1", teacher="block_2",
+                num_relation_heads=2, weight=1.0))
+  return c
+"""
+  )
+  args = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  args.append(f"--config.data.data_dir={data_dir}")
+  assert train.main(["train", *args, *given]) == 0
+  folder = tmp_path / "run" / "seed_0" / "student_distilled"
+  first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+  assert first["loss/hint"] > 0
+  assert first["loss/minilm"] > 0
 
 
 @pytest.mark.parametrize(
