@@ -205,7 +205,8 @@ def check(objective: Objective, steps: int, *, has_teacher: bool) -> None:
 
   Raises:
     UserError: two terms of one name; a term that needs the teacher there is
-      none of; T <= 0, alpha outside [0, 1] or a negative weight at any update.
+      none of; one that compares tokens beside one that compares spans; T <= 0,
+      alpha outside [0, 1] or a negative weight at any update.
   """
   names = [t.name for t in objective.terms]
   for name in names:
@@ -219,6 +220,8 @@ def check(objective: Objective, steps: int, *, has_teacher: bool) -> None:
         f"term {term.name!r} compares with a teacher and there is none: give "
         "one, or leave the term out"
       )
+    if term.traits.takes != "spans" and term.traits.teacher:
+      _check_comparable(term, objective)
     for t in term.temperatures:
       schedules.check_range(
         t, steps, f"temperature of {term.name!r}", 0, open_low=True
@@ -228,4 +231,12 @@ def check(objective: Objective, steps: int, *, has_teacher: bool) -> None:
   for term in objective.terms:
     schedules.check_range(
       schedules.schedule(term.weight), steps, f"weight of {term.name!r}", 0
+    )
+
+
+def _check_comparable(term: Term, objective: Objective) -> None:
+  if not objective.comparable:
+    raise errors.UserError(
+      f"term {term.name!r} compares two networks token by token, and others "
+      "have it that their tokenizers differ: leave it out, or those on spans"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import adapters, config, losses, parallel, preflight
+from kdjax import adapters, config, losses, objective, parallel, preflight
 from kdjax.data import text
 from kdjax.data.text import corpus
 from kdjax.data.text.tokenizer import byte_level, wrap
@@ -250,3 +250,11 @@ def test_a_term_on_the_logits_by_name_is_not_comparable_either():
   term = Term("t", losses.universal_logits, taps=("logits", "logits"))
   assert not Objective((term,)).comparable
   assert hinton(alpha=0.5).comparable
+
+
+def test_no_term_beside_them_compares_token_by_token():
+  objective.check(ALM, 1, has_teacher=True)
+  for name, taps in (("kl", None), ("hint", ("block_1", "block_1"))):
+    other = Term("other", getattr(losses, name), taps=taps)
+    with pytest.raises(UserError, match=r"'other' compares .* token by token"):
+      objective.check(ALM + [other], 1, has_teacher=True)

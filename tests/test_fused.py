@@ -294,7 +294,7 @@ def test_evaluation_agrees_with_the_whole_logits():
 
 def test_what_is_refused():
   goal = Objective((Term("relations", losses.dist, 1.0, 2.0),))
-  with pytest.raises(UserError, match=r"term 'relations' compares examples"):
+  with pytest.raises(UserError, match=r"term 'relations' reads many examples"):
     evaluated(goal, student(), teacher())
   goal = hinton(alpha=0.5)
   with pytest.raises(UserError, match=r"mask has shape \(3,\), the student's"):

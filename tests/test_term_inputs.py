@@ -272,3 +272,11 @@ def test_the_term_of_a_layer_reads_its_three_taps():
     terms.self_relations(
       "m", ("block_2",) * 2, weight=1, num_relation_heads=4, kinds=("heads",)
     )
+
+
+def test_a_mask_between_0_and_1_is_a_weight():
+  mask = np.where(np.arange(S) == 1, 0.25, MASK).astype(np.float32)
+  gap = np.float64(STUDENT.taps["hidden"]) - TEACHER.taps["hidden"]
+  want = np.average(np.mean(gap**2, -1), weights=mask)
+  got = total(at("hidden"), batch={"mask": mask})
+  np.testing.assert_allclose(got, want, rtol=1e-5)
