@@ -24,6 +24,10 @@ from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
 from kdjax.train_step import (
+  StudentOf,
+  TeacherOf,
+  all_frozen,
+  all_trained,
   init_state,
   jit_step,
   make_train_step,
@@ -51,7 +55,7 @@ class Distilled:
 
   @property
   def variables(self) -> tuple[PyTree, PyTree]:
-    """`(params, stats)` of the student."""
+    """`(params, stats)` that were trained: with adapters, those alone."""
     return self.state.params, self.state.stats
 
 
@@ -67,6 +71,8 @@ def distill(
   optimizer: optax.GradientTransformation | None = None,
   seed: int = 0,
   student_variables: tuple[PyTree, PyTree] | None = None,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
   microbatches: int = 1,
   gradients_by_group: bool = False,
   transform: Callable[[Batch, Array], Batch] | None = None,
@@ -84,7 +90,8 @@ def distill(
   Args:
     student, teacher: networks (`adapters` makes them). Without a teacher the
       terms must not need one: plain training from labels.
-    teacher_variables: `(params, stats)`; never changed, never saved.
+    teacher_variables: `(params, stats)`, or any tree in which `teacher_of` and
+      `student_of` find theirs; never changed, never saved.
     train: batches of the whole batch's size. If its iterator has `get_state`
       and `set_state` (grain's do), the position is saved and restored;
       otherwise a resumed run reads and skips.
@@ -95,8 +102,8 @@ def distill(
     optimizer: default `optax.adamw(1e-3)`.
     seed: of initialisation and dropout; the data has its own.
     student_variables: `(params, stats)` to start from.
-    microbatches, gradients_by_group, transform, shown: as for
-      `make_train_step`.
+    teacher_of, student_of, microbatches, gradients_by_group, transform, shown:
+      as for `make_train_step`.
     mesh: default, all devices along `data`.
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
@@ -132,10 +139,13 @@ def distill(
     feed.first,
     frozen=frozen,
     variables=student_variables,
+    teacher_of=teacher_of,
+    student_of=student_of,
   )
-  check_outputs(
-    student, teacher, (state.params, state.stats), frozen, feed.first
-  )
+  # A teacher that is in the state is looked at as it begins.
+  theirs = () if teacher is None else teacher_of(state, frozen)
+  whole = jax.eval_shape(student_of, state.params, frozen)
+  check_outputs(student, teacher, (whole, state.stats), theirs, feed.first)
   shardings = state_shardings(goal, state, mesh)
   state = jax.device_put(state, shardings)
   step_fn = jit_step(
@@ -148,6 +158,8 @@ def distill(
       gradients_by_group=gradients_by_group,
       transform=transform,
       shown=shown,
+      teacher_of=teacher_of,
+      student_of=student_of,
     ),
     mesh,
     shardings,
@@ -169,13 +181,15 @@ def distill(
     feed.go_to(position, start)
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
-    bar.note(_describe(name, mesh, state, teacher_variables, start, steps))
+    bar.note(_describe(name, mesh, state, theirs, start, steps))
     write = None
     if folder is not None:
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
-      test = _evaluator(student, teacher, mesh, frozen, evaluate_on)
+      test = _evaluator(
+        student, teacher, mesh, frozen, evaluate_on, teacher_of, student_of
+      )
 
     pending, last = None, {}
     for step in range(start + 1, steps + 1):
@@ -300,11 +314,14 @@ def _evaluator(
   mesh: Mesh,
   frozen: PyTree,
   batches: Iterable[Batch],
+  teacher_of: TeacherOf,
+  student_of: StudentOf,
 ) -> Callable[[TrainState], dict[str, float]]:
   run = make_evaluate(student, teacher, mesh)
 
   def test(state: TrainState) -> dict[str, float]:
-    got = run((state.params, state.stats), frozen, batches)
+    whole = student_of(state.params, frozen)
+    got = run((whole, state.stats), teacher_of(state, frozen), batches)
     return {f"eval/{name}": value for name, value in got.items()}
 
   return test
