@@ -56,7 +56,7 @@ def inherit(
   - Norms divide by the root mean square of fewer channels, and their weights
     are multiplied by √(share of the energy that stays · D / D'). What they
     return is then as large as before, exactly so where the other channels
-    were 0 and ε is (LayerNorm: where the mean of what stays is too).
+    were 0 and ε is (LayerNorm: the mean, and its bias on those channels).
   - Gemma multiplies embeddings with √D': they grow by √(D / D'), and where
     the head is tied the last norm shrinks by as much.
   - GPT-2 may divide the scores of layer n by n: queries of what was layer n
