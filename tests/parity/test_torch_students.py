@@ -17,7 +17,7 @@ from kdjax.inherit import inherit  # noqa: E402
 from kdjax.models.decoder import decoder  # noqa: E402
 from kdjax.pretrained import decoders  # noqa: E402
 
-CUT = dict(layers=[1, 3], width=15, mlp_width=20, kv_heads=1)
+CUT = dict(layers=[1, 3], width=14, mlp_width=20, kv_heads=1)
 GPT2 = {**CUT, "width": 18, "kv_heads": 3}
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from kdjax.errors import UserError
 from kdjax.models.decoder.architecture import Architecture, architecture
 
+# Of these transformers loads no other, whatever head_dim says.
+_WIDTH_OF_HEADS = ("llama", "gemma2", "gemma3_text")
+
 
 def smaller(
   net: Architecture,
@@ -28,9 +31,15 @@ def smaller(
 
   Raises:
     UserError: a GPT-2 whose heads would change their size, for which its
-      config.json has no field.
+      config.json has no field; a Llama or Gemma whose heads do not divide its
+      width, which transformers refuses.
   """
   heads = kv_heads * (net.heads // net.kv_heads)
+  if net.family in _WIDTH_OF_HEADS and width % heads:
+    raise UserError(
+      f"a {net.family} of width {width} and {heads} heads is none that "
+      f"transformers loads: take a width that {heads} divides"
+    )
   config: dict[str, Any] = dict(net.config)
   if net.family == "gpt2":
     if heads * net.head_dim != width:
