@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from golden_decoders import NAMES, assert_close, golden
 
+from kdjax import parallel
 from kdjax.errors import UserError
 from kdjax.importance import Importance, of_activations, of_weights
 from kdjax.inherit import copy_embeddings, inherit
@@ -19,9 +22,8 @@ from kdjax.models.decoder.parameters import nested, shapes
 from kdjax.pretrained import decoders
 
 QUICK = ("gemma2", "gpt2_scaled")
-FAMILIES = (
-  "gemma2 gemma3 gpt2_scaled llama mistral qwen2 qwen3 smollm3"
-).split()
+FAMILIES = ("gemma2", "gemma3", "gpt2_scaled", "llama", "mistral", "qwen2")
+FAMILIES += ("qwen3", "smollm3")
 # Sizes that each family of the golden networks can have: 24 wide, 37 or 50 or
 # 96 neurons, 4 heads, GPT-2's heads of 6 channels.
 CUT = dict(layers=[1, 3], width=14, mlp_width=20, kv_heads=1)
@@ -348,6 +350,41 @@ def test_embeddings_are_copied_between_families():
   narrow = {"embed": {"kernel": jnp.zeros((61, 12))}}
   with pytest.raises(UserError, match="12 wide, the teacher's 24"):
     copy_embeddings(narrow, teacher)
+
+
+@pytest.mark.slow
+def test_the_text_on_students_runs(tmp_path, monkeypatch):
+  stored = golden("llama")
+  text = (Path(__file__).parents[1] / "docs" / "decoder.md").read_text()
+  code = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)[1:]
+  assert len(code) == 2
+  monkeypatch.chdir(tmp_path)
+  mesh = parallel.make_mesh(1)
+  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  batch = {
+    "tokens": stored.tokens,
+    "label": np.roll(stored.tokens, -1),
+    "mask": np.ones(stored.tokens.shape, np.float32),
+  }
+  names = dict(
+    net=stored.net,
+    params=stored.params,
+    tokens=stored.tokens,
+    batches=[batch] * 3,
+    decoder=decoder,
+    decoders=decoders,
+    jax=jax,
+  )
+  for block in code:
+    exec(compile(block, "docs/decoder.md", "exec"), names)
+  small, _ = decoders.read("inherited")
+  assert (small.depth, small.width) == (2, 12)
+  merged, params = decoders.read("merged")
+  assert merged == stored.net
+  moved = (
+    params["layers"]["up"]["kernel"] - stored.params["layers"]["up"]["kernel"]
+  )
+  assert np.abs(moved).max() > 0
 
 
 BAD = {
