@@ -16,6 +16,8 @@ from kdjax import errors
 MAPS: dict[str, Callable[[int, int, int], int]] = {
   # The last learns from the last, the others at equal distances before it.
   "evenly": lambda i, n, m: -(-(i + 1) * m // n) - 1,
+  # The first from the first, the last from the last, others evenly between.
+  "spread": lambda i, n, m: (2 * i * (m - 1) + n - 1) // max(2 * n - 2, 1),
   "first": lambda i, n, m: i,
   "last": lambda i, n, m: m - n + i,
 }
@@ -33,8 +35,8 @@ def layer_pairs(
   Args:
     student_taps, teacher_taps: the names there are.
     student, teacher: a name, or a pattern such as "stage_*" or "stage_[23]".
-    rule: "one_to_one" (as many on either side), "evenly", "first", "last", or
-      f(i, n, m), the teacher's layer for the student's layer i.
+    rule: "one_to_one" (as many on either side), "evenly", "spread", "first",
+      "last", or f(i, n, m), the teacher's layer for the student's layer i.
 
   Raises:
     UserError: a name or pattern that no tap has (the taps there are, listed);

@@ -25,6 +25,10 @@ from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
 from kdjax.train_step import (
+  StudentOf,
+  TeacherOf,
+  all_frozen,
+  all_trained,
   init_state,
   jit_step,
   make_train_step,
@@ -52,7 +56,7 @@ class Distilled:
 
   @property
   def variables(self) -> tuple[PyTree, PyTree]:
-    """`(params, stats)` of the student."""
+    """`(params, stats)` that were trained: with adapters, those alone."""
     return self.state.params, self.state.stats
 
 
@@ -68,6 +72,8 @@ def distill(
   optimizer: optax.GradientTransformation | None = None,
   seed: int = 0,
   student_variables: tuple[PyTree, PyTree] | None = None,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
   microbatches: int = 1,
   gradients_by_group: bool = False,
   transform: Callable[[Batch, Array], Batch] | None = None,
@@ -86,7 +92,8 @@ def distill(
   Args:
     student, teacher: networks (`adapters` makes them). Without a teacher the
       terms must not need one: plain training from labels.
-    teacher_variables: `(params, stats)`; never changed, never saved.
+    teacher_variables: `(params, stats)`, or any tree in which `teacher_of` and
+      `student_of` find theirs; never changed, never saved.
     train: batches of the whole batch's size. If its iterator has `get_state`
       and `set_state` (grain's do), the position is saved and restored;
       otherwise a resumed run reads and skips.
@@ -97,8 +104,8 @@ def distill(
     optimizer: default `optax.adamw(1e-3)`.
     seed: of initialisation and dropout; the data has its own.
     student_variables: `(params, stats)` to start from.
-    microbatches, gradients_by_group, transform, shown: as for
-      `make_train_step`.
+    teacher_of, student_of, microbatches, gradients_by_group, transform, shown:
+      as for `make_train_step`.
     mesh: default, all devices along `data`.
     layout: as for `make_train_step`; default, tokens along `data`.
     folder: for checkpoints and metrics; started again with the same one, the
@@ -136,12 +143,17 @@ def distill(
     feed.first,
     frozen=frozen,
     variables=student_variables,
+    teacher_of=teacher_of,
+    student_of=student_of,
   )
+  # A teacher that is in the state is looked at as it begins.
+  theirs = () if teacher is None else teacher_of(state, frozen)
+  whole = jax.eval_shape(student_of, state.params, frozen)
   check_outputs(
     student,
     teacher,
-    (state.params, state.stats),
-    frozen,
+    (whole, state.stats),
+    theirs,
     feed.first,
     comparable=goal.comparable,
   )
@@ -158,6 +170,8 @@ def distill(
       transform=transform,
       shown=shown,
       layout=layout,
+      teacher_of=teacher_of,
+      student_of=student_of,
     ),
     mesh,
     shardings,
@@ -179,16 +193,20 @@ def distill(
     feed.go_to(position, start)
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
-    bar.note(_describe(name, mesh, state, teacher_variables, start, steps))
+    bar.note(_describe(name, mesh, state, theirs, start, steps))
     write = None
     if folder is not None:
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
       other = teacher if goal.comparable else None
-      run = make_evaluate(student, other, mesh, layout)
-      test = functools.partial(_test, run, frozen, evaluate_on)
-
+      test = _test(
+        make_evaluate(student, other, mesh, layout),
+        evaluate_on,
+        frozen,
+        teacher_of,
+        student_of,
+      )
     pending, last = None, {}
     for step in range(start + 1, steps + 1):
       batch = parallel.put_batch(next(feed), mesh)
@@ -308,12 +326,19 @@ def _report(
 
 def _test(
   run: Callable[..., dict[str, float]],
-  frozen: PyTree,
   batches: Iterable[Batch],
-  state: TrainState,
-) -> dict[str, float]:
-  got = run((state.params, state.stats), frozen, batches)
-  return {f"eval/{name}": value for name, value in got.items()}
+  frozen: PyTree,
+  teacher_of: TeacherOf,
+  student_of: StudentOf,
+) -> Callable[[TrainState], dict[str, float]]:
+  """A state -> its `eval/<metric>`."""
+
+  def test(state: TrainState) -> dict[str, float]:
+    whole = student_of(state.params, frozen), state.stats
+    got = run(whole, teacher_of(state, frozen), batches)
+    return {f"eval/{name}": value for name, value in got.items()}
+
+  return test
 
 
 def _describe(

@@ -20,8 +20,25 @@ from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
 
-# The teacher's (params, stats); () where there is none.
+# What no step changes: the teacher's (params, stats), () where there is none;
+# or any tree in which `teacher_of` and `student_of` find theirs.
 Frozen = Any
+TeacherOf = Callable[[TrainState, Frozen], Any]
+StudentOf = Callable[[PyTree, Frozen], PyTree]
+
+
+def all_frozen(state: TrainState, frozen: Frozen) -> Any:
+  """The teacher's variables are all that is frozen."""
+  del state
+  return frozen
+
+
+def all_trained(params: PyTree, frozen: Frozen) -> PyTree:
+  """The student's params are all trained."""
+  del frozen
+  return params
+
+
 TrainStep = Callable[
   [TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]
 ]
@@ -37,6 +54,8 @@ def init_state(
   *,
   frozen: Frozen = (),
   variables: tuple[PyTree, PyTree] | None = None,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
 ) -> TrainState:
   """The state before the first update.
 
@@ -44,8 +63,9 @@ def init_state(
     student, teacher, terms, optimizer: as for `make_train_step`.
     key: seeds the student's initialisation, the terms' and every step.
     batch: an example batch; only its shapes matter.
-    frozen: the teacher's variables; only their shapes matter.
+    frozen: as for the step; only its shapes matter.
     variables: `(params, stats)` to start from, instead of initialising.
+    teacher_of, student_of: as for `make_train_step`.
   """
   goal = _objective(terms)
   init_key, term_key, step_key = jax.random.split(key, 3)
@@ -54,25 +74,21 @@ def init_state(
   else:
     # Copies: a step donates its state, and the caller may start again.
     params, stats = jax.tree.map(jnp.array, variables)
+  state = TrainState(jnp.zeros((), jnp.int32), params, stats, (), step_key)
   owners = [t for t in goal.terms if t.init is not None]
   term_params, term_state = {}, {}
   if owners:
-    ours = _spec(student, (params, stats), batch, goal.taps(0))
-    theirs = teacher and _spec(teacher, frozen, batch, goal.taps(1))
+    own = jax.eval_shape(student_of, params, frozen), stats
+    ours = _spec(student, own, batch, goal.taps(0))
+    theirs = teacher and _spec(
+      teacher, teacher_of(state, frozen), batch, goal.taps(1)
+    )
     for n, term in enumerate(owners):
       term_params[term.name], term_state[term.name] = term_inputs.init_term(
         term, jax.random.fold_in(term_key, n), ours, theirs, batch
       )
-  trained = {"student": params, "terms": term_params}
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    stats=stats,
-    opt_state=optimizer.init(trained),
-    key=step_key,
-    term_params=term_params,
-    term_state=term_state,
-  )
+  state = state.replace(term_params=term_params, term_state=term_state)
+  return state.replace(opt_state=optimizer.init(state.trained))
 
 
 def make_train_step(
@@ -83,7 +99,8 @@ def make_train_step(
   *,
   microbatches: int = 1,
   transform: Callable[[Batch, Array], Batch] | None = None,
-  teacher_of: Callable[[TrainState, Frozen], PyTree] = lambda _, frozen: frozen,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
   shown: Mapping[str, Schedule] | None = None,
   axis_name: str | None = None,
   synced_stats: bool = False,
@@ -103,6 +120,8 @@ def make_train_step(
     microbatches: parts that the batch is taken in, one after another.
     transform: `(batch, key) -> batch`, for mixup: once, for both networks.
     teacher_of: which variables the teacher has; a self-teacher reads the state.
+    student_of: `(params, frozen) -> params` that the student's `apply` gets;
+      where `params` are adapters, it finds the base in `frozen`.
     shown: further schedules for the metrics, such as the learning rate.
     axis_name: the axis of `jax.pmap`; None under `jax.jit`.
     synced_stats: under pmap, the network's batch statistics are averaged over
@@ -123,9 +142,9 @@ def make_train_step(
   logit = [t for t in goal.terms if t.reads_logits]
   other = [t for t in goal.terms if not t.reads_logits]
 
-  def loss_fn(trained, stats, term_state, step, target, batch, divide_by, key):
+  def loss_fn(whole, stats, term_state, step, target, batch, divide_by, key):
     output, stats = student.apply(
-      trained["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
+      whole["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
     )
     grouped, sums = totals.logit_terms(
       logit,
@@ -143,7 +162,7 @@ def make_train_step(
       batch,
       divide_by,
       step,
-      trained["terms"],
+      whole["terms"],
       term_state,
       jax.random.fold_in(key, 1),
     )
@@ -152,20 +171,23 @@ def make_train_step(
     }
     return groups, (stats, term_state, {**sums, **more_sums})
 
-  def part_step(state, variables, divide_by, part, stats, term_state, key):
+  def part_step(state, frozen, theirs, divide_by, part, stats, term_state, key):
     """Gradients and sums of one microbatch."""
     target = None
     if teacher is not None:
       target, _ = teacher.apply(
-        variables[0], variables[1], part, train=False, taps=goal.taps(1)
+        theirs[0], theirs[1], part, train=False, taps=goal.taps(1)
       )
       target = jax.lax.stop_gradient(target)
+
+    def loss_of(trained):
+      whole = trained | {"student": student_of(trained["student"], frozen)}
+      return loss_fn(
+        whole, stats, term_state, state.step, target, part, divide_by, key
+      )
+
     groups, pull_back, (stats, term_state, sums) = jax.vjp(
-      lambda trained: loss_fn(
-        trained, stats, term_state, state.step, target, part, divide_by, key
-      ),
-      state.trained,
-      has_aux=True,
+      loss_of, state.trained, has_aux=True
     )
     total: Any = functools.reduce(jnp.add, groups.values())
     # Pulling a 1 back from some of the groups gives those groups' gradient.
@@ -184,8 +206,8 @@ def make_train_step(
     if transform is not None:
       batch = transform(batch, jax.random.fold_in(key, 0))
     divide_by = totals.denominators(goal.terms, batch, axis_name)
-    variables = teacher_of(state, frozen)
-    one_part = functools.partial(part_step, state, variables, divide_by)
+    theirs = teacher_of(state, frozen) if teacher is not None else None
+    one_part = functools.partial(part_step, state, frozen, theirs, divide_by)
     if microbatches == 1:
       stats, term_state, summed = one_part(
         batch, state.stats, state.term_state, jax.random.fold_in(key, 1)

@@ -110,6 +110,31 @@ def test_evenly_is_never_off_and_never_turns_back():
         assert 0 <= layer + 1 - (i + 1) * m / n < 1
 
 
+@pytest.mark.parametrize(
+  ("n", "m", "want"),
+  [
+    (2, 12, [0, 11]),
+    (3, 12, [0, 6, 11]),
+    (6, 12, [0, 2, 4, 7, 9, 11]),
+    (3, 3, [0, 1, 2]),
+    (1, 7, [0]),
+    (4, 2, [0, 0, 1, 1]),
+  ],
+)
+def test_spread_has_both_ends_at_equal_distances(n, m, want):
+  assert layers(n, m, "spread") == want
+
+
+def test_spread_takes_no_layer_twice_while_there_are_enough():
+  for m in range(1, 13):
+    for n in range(1, m + 1):
+      got = layers(n, m, "spread")
+      assert sorted(set(got)) == got
+      assert got[0] == 0
+      if n > 1:
+        assert got[-1] == m - 1
+
+
 def test_first_and_last_take_an_end_of_the_teacher():
   assert layers(3, 5, "first") == [0, 1, 2]
   assert layers(3, 5, "last") == [2, 3, 4]
@@ -138,7 +163,7 @@ def test_any_function_of_the_layer_is_a_map():
 def test_a_wrong_rule_lists_all_rules(rule):
   with pytest.raises(UserError, match="unknown map") as told:
     layers(2, 2, rule)
-  for known in ("one_to_one", "evenly", "first", "last"):
+  for known in ("one_to_one", "evenly", "spread", "first", "last"):
     assert known in str(told.value)
 
 

@@ -27,7 +27,10 @@ def normalise(net: Architecture, x: Array, w: dict[str, Array]) -> Array:
 
 
 def linear(x: Array, w: dict[str, Array]) -> Array:
+  """x · W, with what `lora.attach` put beside W; and its bias."""
   y = x @ w["kernel"].astype(x.dtype)
+  if "lora_in" in w:
+    y = y + (x @ w["lora_in"].astype(x.dtype)) @ w["lora_out"].astype(x.dtype)
   return y + _like(w["bias"].astype(x.dtype), y) if "bias" in w else y
 
 
@@ -114,26 +117,27 @@ def block(
     q, k = rotary.rotate(q, *turn), rotary.rotate(k, *turn)
   if net.score_scale_by_layer:
     q = q / (layer.number + 1).astype(q.dtype)
-  y, taps = attend(q, k, v, layer)
-  y = linear(y.reshape(*y.shape[:2], -1), w["output"])
+  heads, taps = attend(q, k, v, layer)
+  y = linear(heads.reshape(*y.shape[:2], -1), w["output"])
   if net.post_norms:
     y = normalise(net, y, w["post_attention_norm"])
-  x = x + drop(y, net.residual_dropout, 0)
-  y = mlp(net, normalise(net, x, w["mlp_norm"]), w)
+  middle = x + drop(y, net.residual_dropout, 0)
+  inner = neurons(net, normalise(net, middle, w["mlp_norm"]), w)
+  y = linear(inner, w["down"])
   if net.post_norms:
     y = normalise(net, y, w["post_mlp_norm"])
-  x = x + drop(y, net.residual_dropout, 1)
-  return x, {"block": x, "queries": q, "keys": k, "values": v, **taps}
+  x = middle + drop(y, net.residual_dropout, 1)
+  taps |= {"block": x, "queries": q, "keys": k, "values": v}
+  # No taps of a network; `importance` reads them.
+  return x, taps | {"middle": middle, "heads": heads, "neurons": inner}
 
 
-def mlp(net: Architecture, x: Array, w: dict[str, Any]) -> Array:
-  """down(f(gate x) · up x), or down(f(up x))."""
+def neurons(net: Architecture, x: Array, w: dict[str, Any]) -> Array:
+  """f(gate x) · up x, or f(up x): what the MLP's `down` reads."""
   activation = ACTIVATIONS[net.activation]
   if net.gated:
-    return linear(
-      activation(linear(x, w["gate"])) * linear(x, w["up"]), w["down"]
-    )
-  return linear(activation(linear(x, w["up"])), w["down"])
+    return activation(linear(x, w["gate"])) * linear(x, w["up"])
+  return activation(linear(x, w["up"]))
 
 
 def embed(
