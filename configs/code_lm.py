@@ -58,8 +58,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
   c.teacher = network(llama(16, 1, 2) if smoke else llama(160, 4, 5))
   c.student = network(llama(8, 1, 2) if smoke else llama(64, 3, 4))
-  c.student.inherit = ConfigDict()
-  c.student.lora = ConfigDict()
+  c.student.inherit = dict(  # begin as a part of the teacher; 0 = all of it
+    layers=0,  # how many, or which, from 1: (1, 3)
+    width=0,
+    mlp_width=0,
+    kv_heads=0,
+    importance="weights",  # or "activations"
+    embeddings=False,  # take these alone; the rest is `model`
+  )
+  c.student.lora = dict(rank=0, alpha=16.0, targets=("layers/*/kernel",))
   c.head = "linear"  # or "dense": all logits at once
 
   def phase(rate: float, steps: int) -> dict:

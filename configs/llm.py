@@ -42,8 +42,15 @@ def get_config(arg: str = "") -> ConfigDict:
   network = dict(path="", model={}, tokenizer="", dtype="bfloat16")
   c.teacher = ConfigDict(dict(network, remat="none"))
   c.student = ConfigDict(dict(network, remat="block"))
-  c.student.inherit = ConfigDict()
-  c.student.lora = ConfigDict()
+  c.student.inherit = dict(
+    layers=0,
+    width=0,
+    mlp_width=0,
+    kv_heads=0,
+    importance="weights",
+    embeddings=False,
+  )
+  c.student.lora = dict(rank=0, alpha=16.0, targets=("layers/*/kernel",))
   c.head = "linear"
 
   def phase(steps: int) -> dict:

@@ -336,3 +336,121 @@ def test_an_empty_document_is_refused_by_line(
   given.append("--config.data.skip_empty=False")
   assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
   assert "line 5: the document is empty" in capsys.readouterr().err
+
+
+def test_adapters_are_trained_and_merged_at_export(
+  checkpoints, jsonl, tmp_path, data_dir
+):
+  """The teacher is the student's own base, so that the first KL is 0."""
+  student = f"--config.teacher.path={checkpoints / 'student'}"
+  given = [*of_checkpoints(checkpoints, jsonl), student]
+  given += ["--config.student.lora.rank=2", "--config.student.dtype=float32"]
+  given += ["--config.teacher.dtype=float32", "--config.alpha=0.5"]
+  # So large that three updates show.
+  rate = "--config.phases.distilled.optimizer.learning_rate.peak_value=0.1"
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given, rate) == 0
+  folder = tmp_path / "run" / "seed_0" / "student_distilled"
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0])["kl_at_1"] == pytest.approx(0.0, abs=1e-6)
+  last = [json.loads(line) for line in lines if "kl_at_1" in line][-1]
+  assert last["kl_at_1"] > 1e-5
+  results = json.loads((tmp_path / "run" / "results.json").read_text())
+  args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  _, base = decoders.read(checkpoints / "student")
+  _, merged = decoders.read(tmp_path / "out")
+  np.testing.assert_array_equal(
+    base["embed"]["kernel"], merged["embed"]["kernel"]
+  )
+  assert (
+    np.abs(
+      base["layers"]["up"]["kernel"] - merged["layers"]["up"]["kernel"]
+    ).max()
+    > 0
+  )
+  size = sum(x.size for x in jax.tree.leaves(base))
+  assert results["student_distilled"]["parameters"] == size
+
+
+@pytest.mark.parametrize("importance", ["weights", "activations"])
+def test_a_student_begins_as_a_part_of_its_teacher(
+  importance, checkpoints, jsonl, tmp_path, data_dir
+):
+  given = [
+    *of_checkpoints(checkpoints, jsonl),
+    "--config.student.path=",
+    "--config.student.inherit.layers=1",
+    "--config.student.inherit.mlp_width=20",
+    f"--config.student.inherit.importance={importance}",
+    "--config.phases.distilled.optimizer.learning_rate.peak_value=0.0",
+  ]
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 0
+  args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  net, params = decoders.read(tmp_path / "out")
+  _, teacher = decoders.read(checkpoints / "teacher")
+  assert (net.depth, net.width, net.mlp_width) == (1, 16, 20)
+  # Nothing was learned at a rate of 0: it is the teacher's first layer still.
+  ours, theirs = (
+    np.asarray(p["layers"]["query"]["kernel"], np.float32)[0]
+    for p in (params, teacher)
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-2)
+
+
+def test_a_student_takes_its_teachers_embeddings(
+  checkpoints, jsonl, tmp_path, data_dir
+):
+  given = [
+    *of_checkpoints(checkpoints, jsonl),
+    "--config.student.path=",
+    "--config.student.inherit.embeddings=True",
+  ]
+  config = tmp_path / "config.py"
+  config.write_text(
+    f"""
+import sys
+sys.path.insert(0, {str(CONFIGS)!r})
+import llm
+
+def get_config():
+  c = llm.get_config("smoke")
+  c.student.model = {dict(llama(16, 1, 264).config)!r}
+  c.phases.distilled.optimizer.learning_rate.peak_value = 0.0
+  return c
+"""
+  )
+  args = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  args.append(f"--config.data.data_dir={data_dir}")
+  assert train.main(["train", *args, *given]) == 0
+  args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+  assert export.main(["export", *args]) == 0
+  _, params = decoders.read(tmp_path / "out")
+  _, teacher = decoders.read(checkpoints / "teacher")
+  ours, theirs = (
+    np.asarray(p["embed"]["kernel"], np.float32) for p in (params, teacher)
+  )
+  np.testing.assert_allclose(ours, theirs, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (["lora.rank=2", "path="], "adapters need weights"),
+    (["inherit.layers=1"], "student.inherit says"),
+    (["path=", "inherit.layers=3"], "needs 1 to 2"),
+    (["lora.rank=99"], "needs 1 to 4"),
+    (["inherit.embeddings=True"], "leave one of the two out"),
+    (["path=", "inherit.width=8", "inherit.embeddings=True"], "leave one"),
+  ],
+)
+def test_a_wrong_student_is_one_line(
+  changes, message, checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  given = of_checkpoints(checkpoints, jsonl)
+  given += [f"--config.student.{change}" for change in changes]
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  told = capsys.readouterr().err.strip()
+  assert message in told
+  assert len(told.splitlines()) == 1
+  assert not (tmp_path / "run").exists()

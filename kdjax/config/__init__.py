@@ -5,25 +5,32 @@ config does not show. What an open mapping (`...`) holds is checked against the
 function that it names.
 """
 
-from kdjax.config.goal import goal
-from kdjax.config.inputs import augment, eval_transform, mixup
-from kdjax.config.keys import KEYS, check_keys
-from kdjax.config.network import dtype, loaded, model
-from kdjax.config.optimizers import Optimizer, optimizer
-from kdjax.config.texts import (
+from kdjax.config.decoders import (
   Decoders,
   by_spans,
   causal_lm,
   decoder_params,
   decoders_of,
-  documents,
-  token_folder,
 )
+from kdjax.config.goal import goal
+from kdjax.config.inputs import augment, eval_transform, mixup
+from kdjax.config.keys import KEYS, check_keys
+from kdjax.config.network import dtype, loaded, model
+from kdjax.config.optimizers import Optimizer, optimizer
+from kdjax.config.students import (
+  adapter_scale,
+  adapters,
+  inherited,
+  inherited_sizes,
+)
+from kdjax.config.texts import documents, token_folder
 
 __all__ = [
   "KEYS",
   "Decoders",
   "Optimizer",
+  "adapter_scale",
+  "adapters",
   "augment",
   "by_spans",
   "causal_lm",
@@ -34,6 +41,8 @@ __all__ = [
   "dtype",
   "eval_transform",
   "goal",
+  "inherited",
+  "inherited_sizes",
   "loaded",
   "mixup",
   "model",

@@ -88,7 +88,18 @@ KEYS: dict[str, dict[str, Any]] = {
       "eval_batch_size": int,
     },
     "teacher": _TEXT_NETWORK,
-    "student": {**_TEXT_NETWORK, "inherit": ..., "lora": ...},
+    "student": {
+      **_TEXT_NETWORK,
+      "inherit": {
+        "layers": ...,
+        "width": int,
+        "mlp_width": int,
+        "kv_heads": int,
+        "importance": str,
+        "embeddings": bool,
+      },
+      "lora": {"rank": int, "alpha": float, "targets": tuple},
+    },
     "phases": dict.fromkeys(_PHASES, _PHASE),
     "head": str,
     "sample": {

@@ -198,8 +198,8 @@ class ImageExperiment:
       self.teacher,
       self.goal,
       self.optimizers["distilled"],
-      frozen,
       phases.batch_shapes(rows, c.data.batch_size),
+      frozen=frozen,
       transform=configuration.mixup(
         c.phases.distilled, self.source.num_classes
       ),

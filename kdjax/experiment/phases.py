@@ -6,13 +6,20 @@ from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 import kdjax.config as configuration
 from kdjax import errors, objective, parallel
 from kdjax.config import Optimizer
 from kdjax.objective import Objective
-from kdjax.train_step import init_state, make_train_step
+from kdjax.train_step import (
+  StudentOf,
+  TeacherOf,
+  all_frozen,
+  all_trained,
+  init_state,
+  make_train_step,
+)
 from kdjax.types import Batch, Model, Variables
 
 
@@ -104,22 +111,34 @@ def trace(
   teacher: Model,
   goal: Objective,
   rule: Optimizer,
-  frozen: PyTree,
   batch: Batch,
+  *,
+  frozen: PyTree,
+  variables: PyTree = None,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
   **of_step: Any,
 ) -> None:
-  """Follows the shapes through the distilled step, so that they do fit."""
+  """Follows the shapes through the distilled step, so that they do fit.
+
+  Arguments are those of `init_state` and `make_train_step`; of arrays shapes
+  are enough.
+  """
   args = student, teacher, goal, rule.transformation
-  state = jax.eval_shape(
-    lambda key, frozen, batch: init_state(*args, key, batch, frozen=frozen),
-    jax.random.key(0),
-    frozen,
-    batch,
-  )
+  views = dict(teacher_of=teacher_of, student_of=student_of)
+
+  def begin(key: Array, batch: Batch, frozen: PyTree, variables: PyTree):
+    return init_state(
+      *args, key, batch, frozen=frozen, variables=variables, **views
+    )
+
+  key = jax.random.key(0)
+  state = jax.eval_shape(begin, key, dict(batch), frozen, variables)
   step = make_train_step(
     *args,
     microbatches=config.phases.distilled.microbatches,
     gradients_by_group=rule.by_group,
+    **views,
     **of_step,
   )
   jax.eval_shape(step, state, frozen, batch)

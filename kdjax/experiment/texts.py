@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,16 +14,20 @@ import numpy as np
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
-from kdjax import adapters, evaluate, losses, parallel
+from kdjax import adapters, evaluate, lora, losses, parallel
 from kdjax.data import text
 from kdjax.experiment import phases
 from kdjax.generate import generate
+from kdjax.inherit import copy_embeddings
 from kdjax.loop import distill
 from kdjax.losses import fused
 from kdjax.models.decoder import flops_per_token
 from kdjax.objective import Objective, Term
 from kdjax.preflight import check_outputs
-from kdjax.types import Batch, Variables
+from kdjax.types import Batch, Params, Variables
+
+# Batches that tell which channels of a teacher matter.
+_CALIBRATION = 8
 
 
 class TextExperiment:
@@ -50,18 +55,25 @@ class TextExperiment:
     self.example = next(iter(self._batches("student", 0)))
     self.goal = self._goal()
     phases.check_goal(config, self.goal, named=bool(config.teacher.path))
+    self.start, frozen = self._loaded("student"), self._shapes("teacher")
+    given: dict[str, Any] = {"frozen": frozen}
+    if config.student.lora.rank:
+      given = jax.eval_shape(self._student, frozen)
     phases.trace(
       config,
       self.models["student"],
       self.teacher,
       self.goal,
       self.optimizers["distilled"],
-      self._shapes("teacher"),
       self.example,
+      **given,
+      **self._views(taught=True),
       layout=self.layout,
     )
-    self.start = self._loaded("student")
-    self.loaded = self._loaded("teacher")
+    theirs = self.start
+    if not self._is_base():
+      theirs = self._loaded("teacher")
+    self.loaded = None if theirs is None else (theirs, {})
     if self.loaded is not None:
       check_outputs(
         self.models["student"],
@@ -84,19 +96,26 @@ class TextExperiment:
       "distilled": self.goal,
     }[phase]
     taught = phase == "distilled"
-    return distill(
+    given = {} if side == "teacher" else self._student(frozen, seed, taught)
+    done = distill(
       student=self.models[side],
       teacher=self.teacher if taught else None,
-      teacher_variables=frozen if taught else (),
+      teacher_variables=given.get("frozen", ()),
       train=self._batches(side, seed),
       evaluate_on=self._eval_batches(side),
       terms=terms,
-      student_variables=None if side == "teacher" else self.start,
+      student_variables=given.get("variables"),
       layout=self.layout,
       mesh=self.mesh,
       folder=folder,
+      **({} if side == "teacher" else self._views(taught=taught)),
       **phases.of_distill(self.config, phase, seed, self.optimizers[phase]),
-    ).variables
+    )
+    if side == "teacher" or not self.config.student.lora.rank:
+      return done.variables
+    assert self.start is not None
+    scale = configuration.adapter_scale(self.config)
+    return lora.merge(self.start, done.state.params, scale), {}
 
   def stored(self, variables: Variables) -> Variables:
     """The teacher's parameters in its dtype."""
@@ -199,13 +218,62 @@ class TextExperiment:
     )
     return configuration.goal(self.config, ours, theirs)
 
-  def _loaded(self, side: str) -> Variables | None:
+  def _loaded(self, side: str) -> Params | None:
+    """The weights of a checkpoint; what is trained of them is in float32."""
     c = self.config[side]
-    stored = configuration.dtype(c.dtype) if side == "teacher" else None
-    params = configuration.decoder_params(
-      c, self.made.nets[side], self.models[side], self.mesh, stored=stored
+    trained = side == "student" and not c.lora.rank
+    return configuration.decoder_params(
+      c,
+      self.models[side],
+      self.mesh,
+      configuration.dtype("float32" if trained else c.dtype),
     )
-    return None if params is None else (params, {})
+
+  def _is_base(self) -> bool:
+    """Whether the teacher is the student without its adapters."""
+    ours, theirs = self.config.student, self.config.teacher
+    same = (ours.path, ours.dtype) == (theirs.path, theirs.dtype)
+    return bool(ours.lora.rank) and same
+
+  def _student(
+    self, frozen: PyTree, seed: int = 0, taught: bool = True
+  ) -> dict[str, Any]:
+    """What a student's phase starts from, and what it has beside it.
+
+    Returns:
+      `variables`, None to begin at random, and `frozen`: the teacher's
+      variables and, where adapters are trained, the weights below them.
+    """
+    c, start = self.config, self.start
+    if c.student.lora.rank:
+      begin = configuration.adapters(c, start, seed)
+      return {
+        "variables": (begin, {}),
+        "frozen": {"teacher": frozen if taught else (), "base": start},
+      }
+    if c.student.inherit.embeddings:
+      own, _ = self.models["student"].init(jax.random.key(seed), self.example)
+      start = copy_embeddings(own, frozen[0])
+    elif configuration.inherited_sizes(c.student):
+      texts = itertools.islice(self._batches("teacher", seed), _CALIBRATION)
+      net = self.made.nets["teacher"]
+      start = configuration.inherited(c, net, frozen[0], texts)
+    variables = None if start is None else (start, {})
+    return {"variables": variables, "frozen": frozen if taught else ()}
+
+  def _views(self, *, taught: bool) -> dict[str, Any]:
+    """Where the step finds the two networks, if not in the usual places."""
+    if not self.config.student.lora.rank:
+      return {}
+    scale = configuration.adapter_scale(self.config)
+    views: dict[str, Any] = {
+      "student_of": lambda adapters, frozen: lora.attach(
+        frozen["base"], adapters, scale
+      )
+    }
+    if taught:
+      views["teacher_of"] = lambda state, frozen: frozen["teacher"]
+    return views
 
   def _samples(self, side: str, variables: Variables) -> list[list[str]]:
     """[prompt, what the network writes after it] of each prompt."""

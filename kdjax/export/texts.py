@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kdjax.config as configuration
-from kdjax import evaluate, parallel
+from kdjax import evaluate, lora, parallel
 from kdjax.data import text
 from kdjax.export import serving
 from kdjax.export.finished import Located, newest
@@ -49,14 +49,22 @@ def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
   model = configuration.causal_lm(
     made.nets[side], c, run.config.head, made.num_classes[side]
   )
-  if side == "teacher" and c.path:
-    loaded = configuration.decoder_params(
-      c, made.nets[side], model, parallel.make_mesh()
-    )
-    assert loaded is not None
-    return loaded
-  like = jax.eval_shape(model.init, jax.random.key(0), {})
-  return newest(run, network, like)[0]
+  adapted = side == "student" and c.lora.rank
+  whole = jax.eval_shape(model.init, jax.random.key(0), {})
+  if not (adapted or (side == "teacher" and c.path)):
+    return newest(run, network, whole)[0]
+  stored = configuration.dtype(c.dtype)
+  mesh = parallel.make_mesh()
+  base = configuration.decoder_params(c, model, mesh, stored)
+  assert base is not None  # adapters have a path, as the config was checked
+  if not adapted:
+    return base
+  like = jax.eval_shape(
+    lambda base: configuration.adapters(run.config, base, 0), base
+  )
+  trained, _ = newest(run, network, (like, {}))
+  scale = configuration.adapter_scale(run.config)
+  return lora.merge(base, trained, scale)
 
 
 def _measured(
