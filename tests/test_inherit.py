@@ -158,26 +158,30 @@ def test_a_dropped_layer_is_passed_by(name):
 @pytest.mark.parametrize("by_weights", [True, False])
 @pytest.mark.parametrize("name", slow_but(*QUICK))
 def test_neurons_and_heads_that_write_nothing_go_first(name, by_weights):
+  """Or through which nothing passes, however large their other side is."""
   stored = golden(name)
   net, tokens = stored.net, stored.tokens
   rng = np.random.default_rng(0)
   dead = [rng.permutation(net.mlp_width)[:9] for _ in range(net.depth)]
   group = rng.integers(0, net.kv_heads, net.depth)
   per_group = net.heads // net.kv_heads * net.head_dim
+  inwards, outwards = (10, 0) if by_weights else (0, 10)
 
   def silence(path, x):
+    module = path.split("/")[-2]
     for n in range(net.depth):
-      start = group[n] * per_group
+      keys, queries = (
+        slice(group[n] * size, (group[n] + 1) * size)
+        for size in (net.head_dim, per_group)
+      )
+      if module == "up":
+        x[n][..., dead[n]] *= inwards
+      if module == "value":
+        x[n][..., keys] *= inwards
       if path == "layers/down/kernel":
-        x[n, dead[n]] = 0
+        x[n, dead[n]] *= outwards
       if path == "layers/output/kernel":
-        x[n, start : start + per_group] = 0
-      # What passes a neuron or head is nothing either: activations tell.
-      if path in ("layers/up/kernel", "layers/up/bias"):
-        x[n][..., dead[n]] = 0
-      if path in ("layers/value/kernel", "layers/value/bias"):
-        own = slice(group[n] * net.head_dim, (group[n] + 1) * net.head_dim)
-        x[n][..., own] = 0
+        x[n, queries] *= outwards
     return x
 
   params = changed(stored.params, silence)
@@ -191,10 +195,10 @@ def test_neurons_and_heads_that_write_nothing_go_first(name, by_weights):
     cut |= dict(kv_heads=net.kv_heads - 1)
   else:  # its width would have to shrink too
     assert (np.argmin(score.groups, -1) == group).all()
-  made, student = inherit(net, params, importance=score, **cut)
-  found = logits(made, student, tokens)
+  whole = logits(*inherit(net, params, layers=[1, 3], importance=score), tokens)
+  student = inherit(net, params, layers=[1, 3], importance=score, **cut)
   # Fewer numbers are added in another order.
-  assert_close(found, logits(net, params, tokens), relative=1e-5)
+  assert_close(logits(*student, tokens), whole, relative=1e-5)
 
 
 @pytest.mark.parametrize("name", slow_but("gemma3", "llama_biases"))
@@ -310,6 +314,53 @@ def test_activations_are_measured_as_written():
       np.testing.assert_allclose(got, wanted, rtol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("name", slow_but("gemma2", "gpt2_scaled"))
+def test_weights_are_scored_as_written(name):
+  """The docstring's sums, a layer and a kernel at a time, in float64."""
+  net = golden(name).net
+  params = jax.tree.map(np.float64, golden(name).params)
+  gemma = net.norm == "rms_plus_one"
+  scale = lambda w: w["scale"] + 1 if gemma else w["scale"]  # noqa: E731
+  embed = params["embed"]["kernel"]
+  energy = net.embed_scale**2 * (embed**2).mean(0)
+  if "positions" in params:
+    energy += (params["positions"]["kernel"] ** 2).mean(0)
+  head = params.get("head", params["embed"])["kernel"]
+  read = scale(params["norm"]) ** 2 * (head**2).sum(0)
+  neurons, groups = [], []
+  for n in range(net.depth):
+    w = jax.tree.map(lambda x, n=n: x[n], params["layers"])
+    into = {
+      k: (w[k]["kernel"] ** 2).sum(0) + w[k].get("bias", np.zeros(1)) ** 2
+      for k in ("value", "output", "up", "down", "gate")
+      if k in w
+    }
+    out = {k: (w[k]["kernel"] ** 2).sum(1) for k in w if "kernel" in w[k]}
+    gate = into.get("gate", 1.0)
+    neurons.append(np.sqrt(into["up"] * gate * out["down"]))
+    values, outputs = (
+      x.reshape(net.kv_heads, -1).sum(1) for x in (into["value"], out["output"])
+    )
+    groups.append(np.sqrt(values * outputs))
+    for k, post in (("output", "attention"), ("down", "mlp")):
+      written = into[k]
+      if gemma:  # normalised, then scaled
+        written = written / written.mean() * scale(w[f"post_{post}_norm"]) ** 2
+      energy = energy + written
+    read = read + scale(w["attention_norm"]) ** 2 * (
+      out["query"] + out["key"] + out["value"]
+    )
+    read = read + scale(w["mlp_norm"]) ** 2 * (out["up"] + out.get("gate", 0))
+  want = Importance(
+    np.sqrt(energy * read), energy, np.array(neurons), np.array(groups)
+  )
+  found = of_weights(net, golden(name).params)
+  for field in Importance._fields:
+    np.testing.assert_allclose(
+      getattr(found, field), getattr(want, field), rtol=2e-5, err_msg=field
+    )
+
+
 def test_a_number_of_layers_keeps_the_first_and_the_last():
   stored = golden("llama")
   deep = {
@@ -340,7 +391,7 @@ def test_embeddings_are_copied_between_families():
   # The teacher's head is its embedding, the student's is its own.
   np.testing.assert_array_equal(copied["head"]["kernel"], theirs)
   assert copied["layers"] is student["layers"]
-  own = golden("llama").params["head"]["kernel"]
+  own = 2 * golden("llama").params["head"]["kernel"]
   with_head = copy_embeddings(student, {**teacher, "head": {"kernel": own}})
   np.testing.assert_array_equal(with_head["head"]["kernel"], own)
   np.testing.assert_array_equal(with_head["embed"]["kernel"], embed)
