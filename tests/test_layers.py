@@ -22,7 +22,7 @@ ROWS = [
   {"totals", "projectors"},
   {"adapters", "parallel", "terms", "generate"},
   {"train_step", "evaluate", "pretrained", "simkd"},
-  {"checkpoint", "metrics", "preflight"},
+  {"checkpoint", "metrics", "preflight", "memory_plan"},
   {"loop"},
   {"config", "report"},
   {"experiment"},
