@@ -223,9 +223,10 @@ class Running:
     self.state, *self.rest = put(arguments(), parallel.make_mesh(1))
     self.compiled = step.lower(self.state, *self.rest).compile()
 
-  def __call__(self) -> None:
-    self.state, _ = self.compiled(self.state, *self.rest)
+  def __call__(self) -> dict[str, jax.Array]:
+    self.state, metrics = self.compiled(self.state, *self.rest)
     jax.block_until_ready(self.state)
+    return metrics
 
 
 def forward(size: Size, frozen: Any, *, head: str) -> Callable[[], Any]:
