@@ -13,7 +13,8 @@ model-FLOP utilisation.
            attention is that of the whole square, as the equation has it; a
            GPU's kernels are calls of a library, not counted
   memory   temporary memory / that of the student's own step on the labels, with
-           the same head. `remat`: both with remat="block" and 4 microbatches
+           the same head. `remat`: both with remat="block"; then, besides, both
+           in 4 microbatches
   donated  share of the state's bytes whose memory the new state takes
   time     the step / (the teacher's forward pass with its head + the student's
            own step), A B A B: seconds of all cores, on a GPU those of the wall.
@@ -46,7 +47,7 @@ from kdjax.objective import Objective, hinton
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import Model
 
-T, ALPHA, MICROBATCHES = 2.0, 0.1, 4
+T, ALPHA, PARTS = 2.0, 0.1, 4
 # TFLOP/s of dense products in bfloat16, of the makers' data sheets.
 PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L4": 121, "T4": 65}
 
@@ -190,12 +191,12 @@ def program(size: Size) -> dict[str, float]:
     "donated": compiled.memory_analysis().alias_size_in_bytes / bytes_of(state),
   }
   student, _ = models(size, remat="block")
-  both, own = (
-    lowered(networks, size, microbatches=MICROBATCHES).compile()
-    for networks in ((student, teacher), (student, None))
-  )
-  found["memory, remat"] = temporary(both) / temporary(own)
-  found["memory, remat, GB"] = temporary(both) / 1e9
+  for name, parts in (("remat", 1), (f"remat, {PARTS} parts", PARTS)):
+    both, own = (
+      temporary(lowered(networks, size, microbatches=parts).compile())
+      for networks in ((student, teacher), (student, None))
+    )
+    found |= {f"memory, {name}": both / own, f"memory, {name}, GB": both / 1e9}
   return found
 
 
@@ -288,6 +289,7 @@ GOALS: Mapping[str, float] = {
   "flops compiled": 1.03,
   "memory": 1.15,
   "memory, remat": 1.1,
+  f"memory, remat, {PARTS} parts": 1.1,
   "time": 1.08,
   "text 2 layers, MB traced": 5,
   "text 24 layers, MB traced": 5,

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from kdjax import memory_plan, parallel
+from kdjax import losses, memory_plan, parallel
 from kdjax.errors import UserError
 from kdjax.memory_plan import Plan, advice, check_fits, head_bytes, readable
-from kdjax.objective import hinton
+from kdjax.objective import Term, hinton
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import LinearLogits, Model, Output
 
@@ -94,6 +94,12 @@ def with_head(linear, classes=64, width=4):
   return Model(init, apply)
 
 
+@losses.logit_loss(power=0, teacher=False)
+def plain_sum(student):
+  """Its gradient is 1: nothing is to be kept for it."""
+  return jnp.sum(student, -1)
+
+
 def of_head(linear, devices=1, classes=64, **given):
   net = with_head(linear, classes)
   mesh = parallel.make_mesh(devices)
@@ -111,6 +117,15 @@ def test_a_dense_head_holds_two_sets_of_logits_and_their_gradient():
   assert whole >= 3 * logits
   assert of_head(False, microbatches=2) == pytest.approx(whole / 2, rel=0.1)
   assert of_head(False, devices=8) == pytest.approx(whole / 8, rel=0.25)
+
+
+def test_the_head_of_a_plain_sum_holds_the_logits_and_their_gradient():
+  net, logits = with_head(False), 32 * 64 * 4
+  goal = [Term("sum", plain_sum)]
+  state = init_state(net, None, goal, optax.sgd(0.1), jax.random.key(0), BATCH)
+  rows = parallel.put_batch(BATCH, parallel.make_mesh(1))
+  got = head_bytes(net, None, goal, state, (), rows)
+  assert got == pytest.approx(2 * logits, rel=0.2)
 
 
 def test_a_linear_head_holds_its_gradients_and_a_chunk():
