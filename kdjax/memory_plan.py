@@ -293,7 +293,7 @@ def _parts(plan: Plan) -> dict[str, int]:
     "batch": plan.batch,
     whole: plan.activations,
     "head": plan.head or 0,
-    "metrics": plan.output,
+    "output": plan.output,
     "program": plan.program,
   }
 
