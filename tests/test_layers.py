@@ -15,6 +15,7 @@ ROWS = [
     "data",
     "schedules",
     "layer_map",
+    "in_parts",
     "optimizers",
     "recipes",
   },
