@@ -2,7 +2,8 @@
 
     python benchmarks/lm_step.py
     python benchmarks/lm_step.py --size 0.6b-4b --parts time     # on a GPU
-    python benchmarks/lm_step.py --size 0.6b-4b --parts program  # runs nothing
+    python benchmarks/lm_step.py --size 0.6b-4b --dtype float32 \\
+      --parts program text      # compiles, runs nothing
 
 0.1 · cross-entropy + 0.9 · T² · KL, AdamW, heads that are not multiplied out.
 There is no GPU in the first command's numbers; on one, the second adds the
@@ -317,12 +318,15 @@ def main(given: Sequence[str] | None = None) -> None:
   parser.add_argument("--size", choices=SIZES, default="5m-25m")
   parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
   parser.add_argument("--batch", type=int, help="rows, instead of the size's")
+  parser.add_argument("--dtype", help="of the computation, likewise")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--peak", type=float, help="of the device, TFLOP/s")
   parser.add_argument("--out", type=Path, default=RESULTS / "lm_step.json")
   chosen = parser.parse_args(given)
   size = SIZES[chosen.size]
-  size = size._replace(batch=chosen.batch or size.batch)
+  size = size._replace(
+    batch=chosen.batch or size.batch, dtype=chosen.dtype or size.dtype
+  )
   parts["time"] = functools.partial(
     time, repeats=chosen.repeats, peak=chosen.peak
   )
