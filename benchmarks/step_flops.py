@@ -180,14 +180,15 @@ _BEGIN = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*)?\{$")
 _CALLED = re.compile(r"(to_apply|calls|condition|body)=%?([\w.-]+)")
 
 
-def products(hlo: str) -> list[float]:
+def products(hlo: str, unknown: int | None = None) -> list[float]:
   """FLOPs of each convolution and matrix product of a program's text.
 
-  Each as often as it is called, and run by the loops around it.
+  Each as often as it is called, and run by the loops around it; a loop whose
+  length the data decide runs `unknown` times.
   """
   shapes: dict[str, tuple[int, ...]] = {}
   found = []
-  times, inside = executions(hlo), ""
+  times, inside = executions(hlo, unknown), ""
   for line in hlo.splitlines():
     if begin := _BEGIN.match(line):
       inside = begin[2]
@@ -206,11 +207,11 @@ def products(hlo: str) -> list[float]:
   return found
 
 
-def executions(hlo: str) -> Callable[[str], int]:
+def executions(hlo: str, unknown: int | None = None) -> Callable[[str], int]:
   """How often a computation of a program's text runs.
 
   A loop runs its body as often as the constant in its condition says, which is
-  how loops of a fixed length are compiled.
+  how loops of a fixed length are compiled; without one, `unknown` times.
   """
   calls: dict[str, list[tuple[str, str]]] = {}
   limits: dict[str, int] = {}
@@ -231,9 +232,14 @@ def executions(hlo: str) -> Callable[[str], int]:
     if name == entry:
       return 1
     return sum(
-      times(caller) * (limits[over] if over else 1)
+      times(caller) * (length(over) if over else 1)
       for caller, over in calls.get(name, [])
     )
+
+  def length(condition: str) -> int:
+    if unknown is None:
+      return limits[condition]
+    return limits.get(condition, unknown)
 
   return times
 

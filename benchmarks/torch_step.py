@@ -216,9 +216,8 @@ def make_step(name: str, *given: Any) -> Callable[[], None]:
   return torch_step(*given, compiled=name == "torch_compiled")
 
 
-def work(name: str, *given: Any) -> None:
+def work(step: Callable[[], Any]) -> None:
   """A contestant: for each line that it reads, a step and its seconds."""
-  step = make_step(name, *given)
   for _ in range(3):
     step()
   print("ready", flush=True)
@@ -229,13 +228,15 @@ def work(name: str, *given: Any) -> None:
     print(wall, cores, flush=True)
 
 
-def start(name: str, *given: Any) -> "subprocess.Popen[str]":
+def start(
+  name: str, *given: Any, script: str = __file__
+) -> "subprocess.Popen[str]":
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if name == "kdjax_split":
     flag = f"--xla_force_host_platform_device_count={os.cpu_count()}"
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
   process = subprocess.Popen(
-    [sys.executable, __file__, "--work", name, *map(str, given)],
+    [sys.executable, script, "--work", name, *map(str, given)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
@@ -261,10 +262,20 @@ def one_step(process: "subprocess.Popen[str]") -> tuple[float, ...]:
   return tuple(map(float, answer(process).split()))
 
 
-def compare(names: Sequence[str], given: Sequence[Any], repeats: int) -> dict:
-  """Steps in turn -> the median seconds of each, and the ratios to the base."""
-  base = next((n for n in names if n in TORCH), names[0])
-  processes = {name: start(name, *given) for name in names}
+def compare(
+  names: Sequence[str],
+  given: Sequence[Any],
+  repeats: int,
+  *,
+  script: str = __file__,
+) -> dict:
+  """Steps in turn -> the median seconds of each, and the base's / its own.
+
+  The base is the first of all in another script, and PyTorch's first here.
+  """
+  here = script == __file__
+  base = next((n for n in names if here and n in TORCH), names[0])
+  processes = {name: start(name, *given, script=script) for name in names}
   try:
     rounds = [
       {name: one_step(p) for name, p in processes.items()}
@@ -281,6 +292,16 @@ def compare(names: Sequence[str], given: Sequence[Any], repeats: int) -> dict:
       ratios = [r[base][n] / r[name][n] for r in rounds]
       rows[name][what] = statistics.quantiles(ratios, n=4)
   return rows
+
+
+def show(rows: dict) -> None:
+  print(f"{'':16}{'seconds':>9}{'wall':>8}{'':14}{'cores':>8}")
+  for name, row in rows.items():
+    ratios = [
+      f"{median:8.2f} {f'({low:.2f}-{high:.2f})':13}"
+      for low, median, high in (row["wall"], row["cores"])
+    ]
+    print(f"{name:16}{row['seconds']:9.4f}{''.join(ratios)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -304,13 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   settings = (given.pair, given.batch, given.dtype)
   rows = compare(names, settings, given.repeats)
   print(f"{given.pair}, batch {given.batch}, {given.dtype}")
-  print(f"{'':16}{'seconds':>9}{'wall':>8}{'':14}{'cores':>8}")
-  for name, row in rows.items():
-    ratios = [
-      f"{median:8.2f} {f'({low:.2f}-{high:.2f})':13}"
-      for low, median, high in (row["wall"], row["cores"])
-    ]
-    print(f"{name:16}{row['seconds']:9.4f}{''.join(ratios)}")
+  show(rows)
   used = [n for n in names if n in TORCH]
   version = importlib.metadata.version("torch") if used else None
   save(given.out, torch=version, settings=settings, rows=rows)
@@ -319,6 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
   if sys.argv[1:2] == ["--work"]:
     name, pair_name, batch, dtype = sys.argv[2:]
-    work(name, pair_name, int(batch), dtype)
+    work(make_step(name, pair_name, int(batch), dtype))
   else:
     main()

@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
   c.teacher = network(llama(16, 1, 2) if smoke else llama(160, 4, 5))
+  c.teacher.parts = 1  # of a batch, that the teacher takes one by one
   c.student = network(llama(8, 1, 2) if smoke else llama(64, 3, 4))
   c.student.inherit = dict(  # begin as a part of the teacher; 0 = all of it
     layers=0,  # how many, or which, from 1: (1, 3)

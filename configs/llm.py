@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.eval_batch_size = 8
 
   network = dict(path="", model={}, tokenizer="", dtype="bfloat16")
-  c.teacher = ConfigDict(dict(network, remat="none"))
+  c.teacher = ConfigDict(dict(network, remat="none", parts=1))
   c.student = ConfigDict(dict(network, remat="block"))
   c.student.inherit = dict(
     layers=0,

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import checkpoint, errors, losses, objective, parallel
+from kdjax import (
+  checkpoint,
+  errors,
+  losses,
+  memory_plan,
+  objective,
+  parallel,
+)
 from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
@@ -78,6 +85,7 @@ def distill(
   gradients_by_group: bool = False,
   transform: Callable[[Batch, Array], Batch] | None = None,
   shown: dict[str, Schedule] | None = None,
+  settings: Mapping[str, Any] | None = None,
   mesh: Mesh | None = None,
   layout: fused.Layout | None = None,
   folder: str | Path | None = None,
@@ -106,6 +114,8 @@ def distill(
     student_variables: `(params, stats)` to start from.
     teacher_of, student_of, microbatches, gradients_by_group, transform, shown:
       as for `make_train_step`.
+    settings: what a config says, by key, for the advice where memory is short
+      (`memory_plan.advice`); its "phase" is the phase's name.
     mesh: default, all devices along `data`.
     layout: as for `make_train_step`; default, tokens along `data`.
     folder: for checkpoints and metrics; started again with the same one, the
@@ -194,6 +204,22 @@ def distill(
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
     bar.note(_describe(name, mesh, state, theirs, start, steps))
+    if start < steps:
+      rows = parallel.put_batch(feed.first, mesh)
+      head = functools.partial(
+        memory_plan.head_bytes,
+        student,
+        teacher,
+        goal,
+        state.replace(params=whole),
+        theirs,
+        rows,
+        microbatches=microbatches,
+        layout=layout,
+      )
+      plan = memory_plan.plan(step_fn, state, frozen, rows)
+      memory = _memory(plan, head, settings or {})
+      bar.note(f"{name}: takes {memory}")
     write = None
     if folder is not None:
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
@@ -322,6 +348,25 @@ def _report(
   if "loss/total" in values:
     bar.update(step, values["loss/total"])
   return values
+
+
+def _memory(
+  plan: memory_plan.Plan,
+  head: Callable[[], int],
+  settings: Mapping[str, Any],
+) -> str:
+  """What a step takes of each device, in words.
+
+  Raises:
+    UserError: the device has less.
+  """
+  # To tell it apart takes another compilation: where memory is plenty, nobody
+  # asks.
+  if plan.limit is not None and plan.total > plan.limit / 10:
+    plan = plan._replace(head=head())
+  phase = settings.get("phase", "distilled")
+  memory_plan.check_fits(plan, settings, phase=phase)
+  return memory_plan.line(plan)
 
 
 def _test(

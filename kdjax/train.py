@@ -54,10 +54,11 @@ def _claim(workdir: Path, config: Any) -> None:
   if path.exists():
     theirs = json.loads(path.read_text())
     # More seeds may be added to what is there: each has a folder of its own.
+    new, old = configuration.flat(ours), configuration.flat(theirs)
     differing = [
       key
-      for key in sorted({*_flat(ours), *_flat(theirs)})
-      if key != "seeds" and _flat(ours).get(key) != _flat(theirs).get(key)
+      for key in sorted({*new, *old})
+      if key != "seeds" and new.get(key) != old.get(key)
     ]
     if differing:
       raise errors.UserError(
@@ -73,16 +74,6 @@ def _claim(workdir: Path, config: Any) -> None:
       f"{workdir} is not empty and has no config.json: use a new --workdir"
     )
   metrics.write_json(path, ours)
-
-
-def _flat(tree: Any, at: str = "") -> dict[str, Any]:
-  if not isinstance(tree, dict) or not tree:
-    return {at: tree}
-  return {
-    k: v
-    for name, node in tree.items()
-    for k, v in _flat(node, f"{at}.{name}" if at else name).items()
-  }
 
 
 def main(argv: Sequence[str]) -> int:

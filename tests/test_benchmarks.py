@@ -84,6 +84,18 @@ def test_products_in_loops_count_as_often_as_they_run(script):
     assert counted == 2.0 * 4 * 5 * 5 * 7 * 3
 
 
+def test_a_loop_that_the_data_decide_runs_as_often_as_is_told(script):
+  def product(count, w):
+    turn = lambda _, t: t @ w  # noqa: E731
+    return jax.lax.fori_loop(0, count.astype(int)[0], turn, w)
+
+  text = lowered(product, (1,), (5, 5)).as_text("hlo")
+  count = script("step_flops").products
+  assert sum(count(text, 7)) == 2.0 * 5**3 * 7
+  with pytest.raises(KeyError):
+    count(text)
+
+
 def test_transposes_to_channels_first_are_found(script):
   count = script("step_flops").to_channels_first
   found = lowered(lambda x: x.transpose(0, 3, 1, 2), (4, 8, 8, 3))
@@ -167,3 +179,46 @@ def test_fused_head_compares_memory_and_gradients(script):
     *module.GOALS,
     "time float32, 2048 tokens",
   }
+
+
+def test_the_language_model_step_asks_for_nothing_needless(script):
+  module = script("lm_step")
+  size = module.SIZES["tiny"]
+  step = module.lowered(module.models(size), size).as_text(dialect="hlo")
+  counted = sum(script("step_flops").products(step, 1))  # one chunk of tokens
+  assert counted == module.needed(size)
+  # Counted by hand: both networks' layers and heads, and the scores.
+  student = 4 * 8 * 8 + 3 * 8 * 24 + 32 * 8 + 2 * 8 * 16
+  teacher = 2 * (4 * 16 * 16 + 3 * 16 * 48 + 2 * 16 * 16) + 32 * 16
+  assert counted == 64 * (6 * student + 2 * teacher)
+
+
+@pytest.mark.slow
+def test_lm_step_tells_every_ratio(script, tmp_path, capsys):
+  out = tmp_path / "results.json"
+  words = "--size tiny --repeats 2 --out"
+  script("lm_step").main([*words.split(), str(out)])
+  rows = json.loads(out.read_text())["rows"]
+  printed = capsys.readouterr().out
+  assert all(name in printed for name in rows)
+  assert rows["flops compiled"] == pytest.approx(1, abs=0.01)
+  assert rows["donated"] == 1
+  deep, flat = (rows[f"text {n} layers, MB traced"] for n in (24, 2))
+  assert deep < 1.01 * flat
+  assert rows["time"] > 0
+
+
+@pytest.mark.parity
+def test_both_sides_of_the_torch_step_take_the_same_steps(script):
+  make = script("torch_lm_step").make_step
+  ours, theirs = (make(n, "tiny", "float32") for n in ("kdjax", "torch"))
+  for _ in range(3):
+    assert theirs() == pytest.approx(ours(), rel=1e-5)
+
+
+@pytest.mark.parity
+def test_both_sides_of_the_torch_head_have_one_loss(script):
+  module = script("torch_lm_step")
+  for dtype, rel in (("float32", 1e-6), ("bfloat16", 1e-3)):
+    ours, theirs = (module.make_step(n, "tiny", dtype) for n in module.HEAD)
+    assert theirs() == pytest.approx(ours(), rel=rel)

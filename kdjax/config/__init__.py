@@ -24,6 +24,7 @@ from kdjax.config.students import (
   inherited_sizes,
 )
 from kdjax.config.texts import documents, token_folder
+from kdjax.config.values import flat
 
 __all__ = [
   "KEYS",
@@ -40,6 +41,7 @@ __all__ = [
   "documents",
   "dtype",
   "eval_transform",
+  "flat",
   "goal",
   "inherited",
   "inherited_sizes",

@@ -28,6 +28,7 @@ _TEXT_NETWORK = {
 _AT_LEAST_ONE = {
   "seeds",
   "microbatches",
+  "parts",
   "batch_size",
   "eval_batch_size",
   "sequence_length",
@@ -87,7 +88,7 @@ KEYS: dict[str, dict[str, Any]] = {
       "batch_size": int,
       "eval_batch_size": int,
     },
-    "teacher": _TEXT_NETWORK,
+    "teacher": {**_TEXT_NETWORK, "parts": int},
     "student": {
       **_TEXT_NETWORK,
       "inherit": {

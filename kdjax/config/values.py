@@ -13,6 +13,17 @@ def plain(value: Any) -> Any:
   return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
+def flat(tree: Any, at: str = "") -> dict[str, Any]:
+  """{"a": {"b": x}} -> {"a.b": x}; an empty mapping is a value."""
+  if not isinstance(tree, dict) or not tree:
+    return {at: tree}
+  return {
+    k: v
+    for name, node in tree.items()
+    for k, v in flat(node, f"{at}.{name}" if at else name).items()
+  }
+
+
 def take_name(arguments: dict[str, Any], what: str) -> str:
   if "name" not in arguments:
     raise errors.UserError(f"{what} lacks 'name': add it to the config")

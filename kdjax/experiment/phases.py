@@ -154,6 +154,7 @@ def of_distill(
     optimizer=rule.transformation,
     gradients_by_group=rule.by_group,
     shown={"learning_rate": rule.learning_rate},
+    settings={"phase": phase, **configuration.flat(config.to_dict())},
     seed=seed,
     save_every=config.save_every,
     keep_last=config.keep_last,

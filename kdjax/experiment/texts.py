@@ -18,6 +18,7 @@ from kdjax import adapters, evaluate, lora, losses, parallel
 from kdjax.data import text
 from kdjax.experiment import phases
 from kdjax.generate import generate
+from kdjax.in_parts import in_parts
 from kdjax.inherit import copy_embeddings
 from kdjax.loop import distill
 from kdjax.losses import fused
@@ -47,10 +48,10 @@ class TextExperiment:
       )
       for side, net in self.made.nets.items()
     }
-    teacher = self.models["teacher"]
-    self.teacher = (
-      adapters.reading(teacher, "teacher_") if self.by_spans else teacher
-    )
+    # What teaches: a part of the batch at a time, and its own tokens.
+    self.teacher = in_parts(self.models["teacher"], config.teacher.parts)
+    if self.by_spans:
+      self.teacher = adapters.reading(self.teacher, "teacher_")
     self.layout = fused.over(self.mesh)
     self.example = next(iter(self._batches("student", 0)))
     self.goal = self._goal()
