@@ -21,7 +21,7 @@ import code_lm  # noqa: E402
 from kdjax import train  # noqa: E402
 
 SEED, STEPS = 100, 500
-RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 
 
 def config_for(phase: str, rate: float, teacher: str):
