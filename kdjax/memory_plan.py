@@ -175,7 +175,7 @@ def head_bytes(
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   compiled = gradient.lower(ours, theirs, rows).compile()
   memory: Any = compiled.memory_analysis()
-  held = memory.temp_size_in_bytes
+  held = memory.temp_size_in_bytes + memory.output_size_in_bytes
   if isinstance(ours, LinearLogits):
     return held
   return held + _bytes((ours, theirs))
