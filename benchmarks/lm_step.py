@@ -6,8 +6,6 @@
       --parts program text      # compiles, runs nothing
 
 0.1 · cross-entropy + 0.9 · T² · KL, AdamW, heads that are not multiplied out.
-There is no GPU in the first command's numbers; on one, the second adds the
-model-FLOP utilisation.
 
   flops    products of matrices, with their loops, / (2 · teacher + 6 · student)
            · tokens + attention: of the step as traced, and as compiled. The
@@ -23,7 +21,7 @@ model-FLOP utilisation.
   text     bytes of the program, for teachers of 2 and 24 layers: as traced, and
            as compiled; seconds of all cores to compile it
   mfu      (2 · teacher + 6 · student) · tokens + half the square of attention,
-           over the seconds of a step and the peak of the device
+           over the seconds of a step and the peak of the device: on a GPU
 """
 
 import argparse
