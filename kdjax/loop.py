@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from kdjax import (
   parallel,
 )
 from kdjax.evaluate import make_evaluate, num_parameters
+from kdjax.feed import Feed
 from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
@@ -218,8 +218,7 @@ def distill(
         layout=layout,
       )
       plan = memory_plan.plan(step_fn, state, frozen, rows)
-      memory = _memory(plan, head, settings or {})
-      bar.note(f"{name}: takes {memory}")
+      bar.note(f"{name}: {_memory(plan, head, settings or {})}")
     write = None
     if folder is not None:
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
@@ -253,50 +252,6 @@ def distill(
     if not last and test is not None:
       last = test(state)
   return Distilled(state, last)
-
-
-class Feed:
-  """Batches and the position among them, which can be saved and gone to."""
-
-  def __init__(self, train: Iterable[Batch]):
-    self._batches = iter(train)
-    self._tracked = hasattr(self._batches, "set_state")
-    begin = self.position
-    try:
-      self.first = next(self._batches)
-    except StopIteration:
-      raise errors.UserError(
-        "the training data has no batch: check the dataset and its split"
-      ) from None
-    if "mask" not in self.first:
-      raise errors.UserError(
-        f"a batch has {sorted(self.first)}, needs 'mask' too: [B], 1 where the "
-        "example counts"
-      )
-    if self._tracked:
-      self._batches.set_state(begin)  # type: ignore
-    else:
-      self._batches = itertools.chain([self.first], self._batches)
-
-  @property
-  def position(self) -> Any:
-    return self._batches.get_state() if self._tracked else None  # type: ignore
-
-  def go_to(self, position: Any, step: int) -> None:
-    if self._tracked and position is not None:
-      self._batches.set_state(position)  # type: ignore
-    else:
-      for _ in range(step):
-        next(self)
-
-  def __next__(self) -> Batch:
-    try:
-      return next(self._batches)
-    except StopIteration:
-      raise errors.UserError(
-        "the training data ended before the last step: repeat it, or ask for "
-        "fewer steps"
-      ) from None
 
 
 def _goal(
@@ -355,18 +310,18 @@ def _memory(
   head: Callable[[], int],
   settings: Mapping[str, Any],
 ) -> str:
-  """What a step takes of each device, in words.
+  """What a step takes of each device: a line, or a table where it is much.
 
   Raises:
     UserError: the device has less.
   """
-  # To tell it apart takes another compilation: where memory is plenty, nobody
-  # asks.
-  if plan.limit is not None and plan.total > plan.limit / 10:
-    plan = plan._replace(head=head())
+  if plan.limit is None or plan.total < plan.limit / 10:
+    return memory_plan.line(plan)
+  # To tell the head apart takes another compilation.
+  plan = plan._replace(head=head())
   phase = settings.get("phase", "distilled")
   memory_plan.check_fits(plan, settings, phase=phase)
-  return memory_plan.line(plan)
+  return memory_plan.table(plan, settings, phase=phase)
 
 
 def _test(

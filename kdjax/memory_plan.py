@@ -217,7 +217,7 @@ def line(plan: Plan) -> str:
   ]
   has = "" if plan.limit is None else f" of {readable(plan.limit)}"
   where = f"each of {plan.num_devices} {plan.device} device(s)"
-  return f"{readable(plan.total)}{has} on {where}: {', '.join(sizes)}"
+  return f"takes {readable(plan.total)}{has} on {where}: {', '.join(sizes)}"
 
 
 def advice(

@@ -25,7 +25,7 @@ ROWS = [
   {"totals", "projectors"},
   {"adapters", "parallel", "terms", "generate", "importance"},
   {"train_step", "evaluate", "pretrained", "simkd", "inherit"},
-  {"checkpoint", "metrics", "preflight", "memory_plan"},
+  {"checkpoint", "feed", "metrics", "preflight", "memory_plan"},
   {"loop"},
   {"config", "report"},
   {"experiment"},

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import kdjax
-from kdjax import checkpoint, parallel
+from kdjax import checkpoint, memory_plan, parallel
 from kdjax.errors import UserError
 from kdjax.loop import DivergedError
 from kdjax.objective import hinton
@@ -231,3 +231,43 @@ def test_distilling_without_settings_learns():
   params, stats = result.variables
   assert set(params) == {"first", "last"}
   assert stats == {}
+
+
+def told(capfd):
+  return [
+    line for line in capfd.readouterr().err.splitlines() if "takes" in line
+  ]
+
+
+def test_memory_is_told_before_the_first_step(capfd):
+  run(batches(), quiet=False)
+  (line,) = told(capfd)
+  assert "on each of 1 cpu device(s): " in line
+  assert "teacher" in line
+
+
+def test_a_step_that_does_not_fit_is_refused(monkeypatch, tmp_path):
+  """As on a device that says that it has 1 KiB."""
+  planned = memory_plan.plan
+
+  def plan(*arguments):
+    return planned(*arguments)._replace(limit=1024, reported=True)
+
+  monkeypatch.setattr(memory_plan, "plan", plan)
+  with pytest.raises(UserError, match=r"a step takes .* has 1.0 KiB: change"):
+    run(batches(), folder=tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_short_is_a_table(monkeypatch, capfd):
+  planned = memory_plan.plan
+
+  def plan(*arguments):
+    return planned(*arguments)._replace(limit=1024)
+
+  monkeypatch.setattr(memory_plan, "plan", plan)
+  run(batches(), quiet=False)
+  shown = capfd.readouterr().err
+  assert "memory of each of 1 x cpu" in shown
+  assert "it does not fit:" in shown
+  assert "head" in shown
