@@ -1,4 +1,4 @@
-"""How `configs/code_lm.py` was tuned: four learning rates a side, validation.
+"""How `configs/code_lm.py` was tuned: three learning rates a side, validation.
 
     python benchmarks/tune_code_lm.py
 
@@ -21,7 +21,7 @@ import code_lm  # noqa: E402
 from kdjax import train  # noqa: E402
 
 SEED, STEPS = 100, 500
-RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+RATES = (1.5e-3, 3e-3, 6e-3)
 
 
 def config_for(phase: str, rate: float, teacher: str):
