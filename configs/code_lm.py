@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.phases = ConfigDict()  # one of 0 steps is left out
   c.phases.teacher = phase(3e-3, 1500)
   c.phases.alone = phase(3e-3, 1500)
-  c.phases.distilled = phase(3e-3, 1500)
+  c.phases.distilled = phase(6e-3, 1500)
 
   # total = alpha * hard + (1 - alpha) * T**2 * soft; numbers or schedules.
   c.alpha = 0.1
