@@ -91,7 +91,8 @@ def mlp(
       kernel = layer["kernel"]
       if norm:
         x, kernel = normalizing(x, kernel, where)
-      x = _affine(x @ kernel, layer)
+        kernel = kernel * layer["scale"][None, :]
+      x = _plus_bias(x @ kernel, layer)
     return x
 
   return Projector(init, apply, couples=norm)
@@ -116,7 +117,9 @@ def conv(*, size: int = 3, norm: bool = True, relu: bool = True) -> Projector:
 
   def apply(params: PyTree, x: Array, like: Spec, where: Array) -> Array:
     x = _resize(convolve(jnp.asarray(x, jnp.float32), params["kernel"]), like)
-    x = _affine(batch_norm(x, where) if norm else x, params)
+    if norm:
+      x = batch_norm(x, where) * params["scale"].reshape(1, 1, 1, -1)
+    x = _plus_bias(x, params)
     return jax.nn.relu(x) if relu else x
 
   return Projector(init, apply, couples=norm)
@@ -242,11 +245,24 @@ def normalizing(
   """
   centred, count = _centred(x, where)
   flat = centred.reshape(-1, x.shape[-1])
-  covariance = jnp.matmul(flat.T, flat, precision=HIGHEST) / count
+  covariance = _gram(flat) / count
   spread = jnp.matmul(covariance, kernel, precision=HIGHEST)
   # Rounding can leave a little below 0.
   variance = jnp.maximum(jnp.sum(kernel * spread, axis=0), 0.0)
   return centred, kernel * jax.lax.rsqrt(variance + epsilon)[None, :]
+
+
+@jax.custom_vjp
+def _gram(x: Array) -> Array:
+  """xᵀ x, whose gradient is one product of x's size and not two."""
+  return jnp.matmul(x.T, x, precision=HIGHEST)
+
+
+def _gram_backward(x: Array, slope: Array) -> tuple[Array]:
+  return (jnp.matmul(x, slope + slope.T, precision=HIGHEST),)
+
+
+_gram.defvjp(lambda x: (_gram(x), x), _gram_backward)
 
 
 def _centred(x: Array, where: Array) -> tuple[Array, Array]:
@@ -272,11 +288,10 @@ def _layer(
   return layer
 
 
-def _affine(x: Array, layer: dict[str, Array]) -> Array:
-  """x · scale + bias, as far as the layer has them."""
-  shape = (1,) * (x.ndim - 1) + (-1,)
-  x = x * layer["scale"].reshape(shape) if "scale" in layer else x
-  return x + layer["bias"].reshape(shape) if "bias" in layer else x
+def _plus_bias(x: Array, layer: dict[str, Array]) -> Array:
+  if "bias" not in layer:
+    return x
+  return x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _resize(x: Array, like: Spec) -> Array:

@@ -126,6 +126,37 @@ def test_mlp_is_its_equation(norm):
   np.testing.assert_allclose(got, want, **CLOSE)
 
 
+def test_gradients_through_a_normalised_map_are_those_of_its_equation():
+  x, like = drawn(4, 3), drawn(4, 5)
+  where = np.array([True, False, True, True])
+  params, weight = made(linear(norm=True), x, like), drawn(4, 5)
+
+  def total(params, x):
+    y = linear(norm=True).apply(params, x, like, where)
+    return jnp.sum(weight * jnp.where(where[:, None], y, 0))
+
+  def equation(params, x):
+    y = normed(x @ params["kernel"], where)
+    y = y * params["scale"] + params["bias"]
+    return np.sum((weight * y)[where])
+
+  def slope(f, x, step=1e-6):
+    found = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+      nudge = np.zeros_like(x)
+      nudge[i] = step
+      found[i] = (f(x + nudge) - f(x - nudge)) / (2 * step)
+    return found
+
+  of_params, of_x = jax.jit(jax.grad(total, argnums=(0, 1)))(params, x)
+  exactly = exact(params)["layer_0"]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  close(of_x, slope(lambda a: equation(exactly, a), np.float64(x)))
+  for name, value in exactly.items():
+    want = slope(lambda a, n=name: equation({**exactly, n: a}, x), value)
+    close(of_params["layer_0"][name], want)
+
+
 def test_a_variance_that_rounding_leaves_below_zero_gives_numbers():
   # Columns that sum to 0 see nothing of channels that are all alike.
   common = 1e4 * RNG.normal(size=(64, 1))

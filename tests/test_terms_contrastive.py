@@ -390,6 +390,22 @@ def test_no_device_gathers_the_bank():
   assert not re.search(r"\[(\d+,)*4096(,\d+)*\]", text)
 
 
+def test_a_step_changes_the_banks_where_they_lie():
+  terms = goal(num_examples=4096, embedding=8)
+  mesh, optimizer = parallel.make_mesh(1), optax.sgd(0.1)
+  state, shardings = begin(terms, mesh, optimizer)
+  step = jit_step(
+    make_train_step(networks.bare(), TEACHER, terms, optimizer),
+    mesh, shardings,
+  )  # fmt: skip
+  program = step.lower(
+    state, parallel.put(FROZEN, mesh), parallel.put_batch(BATCH, mesh)
+  ).compile()
+  whole = re.findall(r"= \w+\[4096,8\]\S* (\w+)\(", program.as_text())
+  assert {"parameter", "scatter"} <= set(whole)
+  assert not {"copy", "broadcast", "select"} & set(whole)
+
+
 def test_microbatches_remember_every_example():
   state, seen = trained(1, microbatches=2, steps=1)
   here = BATCH["index"][BATCH["mask"] > 0]

@@ -96,18 +96,36 @@ def noise_contrastive(
   return -log_d1 - jnp.sum(log_d0, axis=1)
 
 
-def bank_scores(
-  anchor: Float32[Array, "b d"],
+def bank_contrastive(
+  anchor: Float[Array, "b d"],
   bank: Float32[Array, "rows d"],
   chosen: Integer[Array, "b candidates"],
-  temperature: ArrayLike,
-) -> Float32[Array, "b candidates"]:
-  """anchorᵢ · bank[chosenᵢₖ] / T; the bank gets no gradient.
+  exists: Bool[Array, " b"],
+  log_z: Float[Array, ""],
+  is_set: Bool[Array, ""],
+  *,
+  num_examples: int,
+) -> tuple[Float32[Array, " b"], Float32[Array, ""], Float32[Array, "b d"]]:
+  """`noise_contrastive` of log p = anchorᵢ · bank[chosenᵢₖ] − log Z.
 
   All B × rows products are made, and few are taken: B · K rows of the bank
-  would be K · D / rows times as much memory, and travel between devices.
+  would be K · D / rows times as much memory, and travel between devices. The
+  anchor's gradient is made along with the loss, so nothing of that size stays.
+
+  Args:
+    anchor: divided by its temperature; it alone gets a gradient.
+    bank: of which a batch changes some rows, after this.
+    chosen: the anchor's own row, then K others, all within the bank.
+    exists: the rows of which Z is made.
+    log_z: the constant, where `is_set`; else it is `log_normalizer`'s.
+    num_examples: N.
+
+  Returns:
+    The loss, log Z, and zeros that are known only when the bank has been read.
+    Added to the rows that go into the bank, they let XLA put them where the
+    bank lies; it would else copy the bank, not knowing which comes first.
   """
-  return _products_at(anchor, bank, chosen) / temperature
+  return _contrast(num_examples, anchor, bank, chosen, exists, log_z, is_set)
 
 
 def log_normalizer(
@@ -139,31 +157,52 @@ def remembered(
   counts = exists & ~jnp.any(same & later, axis=1)
   old = jnp.take(bank, index, axis=0, mode="clip")
   new = l2_normalize(momentum * old + (1.0 - momentum) * rows)
-  beyond = bank.shape[0]  # an index that `drop` leaves out
+  # Beyond the bank are indices that `drop` leaves out. All differ: where two
+  # might be the same, XLA goes through the whole bank to keep the last.
+  beyond = bank.shape[0] + jnp.arange(len(index))
+  at = jnp.where(counts, index, beyond)
   return jax.lax.stop_gradient(
-    bank.at[jnp.where(counts, index, beyond)].set(new, mode="drop")
+    bank.at[at].set(new, mode="drop", unique_indices=True)
   )
 
 
-@jax.custom_vjp
-def _products_at(anchor: Array, bank: Array, chosen: Array) -> Array:
-  return _products_forward(anchor, bank, chosen)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contrast(num_examples: int, *given: Array) -> tuple[Array, ...]:
+  return _contrast_forward(num_examples, *given)[0]
 
 
-def _products_forward(anchor: Array, bank: Array, chosen: Array):
+def _contrast_forward(
+  num_examples: int,
+  anchor: Array,
+  bank: Array,
+  chosen: Array,
+  exists: Array,
+  log_z: Array,
+  is_set: Array,
+) -> tuple[tuple[Array, ...], Array]:
   products = jnp.matmul(anchor, bank.T, precision=HIGHEST)
-  taken = jnp.take_along_axis(products, chosen, axis=1)
-  return taken, (products, bank, chosen)
-
-
-def _products_backward(residual: tuple[Array, Array, Array], slope: Array):
-  products, bank, chosen = residual
   row = jnp.arange(len(chosen))[:, None]
+  scores = products.at[row, chosen].get(mode="promise_in_bounds")
+  log_z = jax.lax.cond(
+    is_set,
+    lambda: log_z,
+    lambda: log_normalizer(scores, exists, num_examples),
+  )
+  loss, pull = jax.vjp(
+    lambda x: noise_contrastive(x - log_z, num_examples), scores
+  )
+  (slope,) = pull(jnp.ones_like(loss))
   # 0 · products lies split as the bank does. Onto plain zeros, which would be
   # split over the batch, every device would gather the whole bank.
-  spread = (0.0 * products).at[row, chosen].add(slope)
-  back = jnp.matmul(spread, bank, precision=HIGHEST)
-  return back, jnp.zeros_like(bank), None
+  spread = (0.0 * products).at[row, chosen].add(slope, mode="promise_in_bounds")
+  gradient = jnp.matmul(spread, bank, precision=HIGHEST)
+  return (loss, log_z, jnp.nan_to_num(0.0 * gradient)), gradient
 
 
-_products_at.defvjp(_products_forward, _products_backward)
+def _contrast_backward(
+  num_examples: int, gradient: Array, slopes: tuple[Array, ...]
+) -> tuple[Array | None, ...]:
+  return slopes[0][:, None] * gradient, None, None, None, None, None
+
+
+_contrast.defvjp(_contrast_forward, _contrast_backward)

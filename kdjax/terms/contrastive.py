@@ -173,25 +173,26 @@ def _crd(
   s, t = l2_normalize(s), l2_normalize(t)
 
   chosen = _candidates(key, index, num_negatives, num_examples)
-  scores = (
-    contrastive.bank_scores(s, state["teacher_bank"], chosen, temperature),
-    contrastive.bank_scores(t, state["student_bank"], chosen, temperature),
+  contrast = functools.partial(
+    contrastive.bank_contrastive,
+    chosen=chosen,
+    exists=known,
+    is_set=state["has_log_z"],
+    num_examples=num_examples,
   )
-  first = jnp.stack(
-    [contrastive.log_normalizer(x, known, num_examples) for x in scores]
+  of_s, z_of_s, after_s = contrast(
+    s / temperature, state["teacher_bank"], log_z=state["log_z"][0]
   )
-  log_z = jnp.where(state["has_log_z"], state["log_z"], first)
-  loss = sum(
-    contrastive.noise_contrastive(x - z, num_examples)
-    for x, z in zip(scores, log_z)
+  of_t, z_of_t, after_t = contrast(
+    t / temperature, state["student_bank"], log_z=state["log_z"][1]
   )
   move = functools.partial(
     contrastive.remembered, index=index, exists=known, momentum=momentum
   )
-  return jnp.where(within, loss, jnp.nan), {
-    "student_bank": move(state["student_bank"], rows=s),
-    "teacher_bank": move(state["teacher_bank"], rows=t),
-    "log_z": log_z,
+  return jnp.where(within, of_s + of_t, jnp.nan), {
+    "student_bank": move(state["student_bank"], rows=s + after_t),
+    "teacher_bank": move(state["teacher_bank"], rows=t + after_s),
+    "log_z": jnp.stack([z_of_s, z_of_t]),
     "has_log_z": state["has_log_z"] | jnp.any(known),
   }
 

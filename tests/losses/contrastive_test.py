@@ -51,26 +51,65 @@ def test_noise_contrastive_neither_over_nor_underflows():
   oracle.close(slope, [[0, 0], [-1, 1]])
 
 
-def test_bank_scores_are_products_with_the_chosen_rows():
-  def scores(anchor):
-    return np.einsum("bd,bkd->bk", anchor, BANK[CHOSEN]) / 0.5
+def against_bank(anchor, log_z=0.0, is_set=True, exists=None, n=12):
+  return contrastive.bank_contrastive(
+    anchor, jnp.float32(BANK), jnp.asarray(CHOSEN),
+    jnp.ones(4, bool) if exists is None else jnp.asarray(exists),
+    jnp.float32(log_z), jnp.asarray(is_set), num_examples=n,
+  )  # fmt: skip
 
-  def total(anchor, bank, temperature):
-    rows = contrastive.bank_scores(
-      anchor, bank, jnp.asarray(CHOSEN), temperature
-    )
-    return jnp.sum(rows**2), rows
 
-  run = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
-  slopes, rows = run(jnp.float32(ANCHOR), jnp.float32(BANK), 0.5)
-  oracle.close(rows, scores(ANCHOR))
+@pytest.mark.parametrize("jit", [False, True])
+def test_bank_contrastive_is_of_the_chosen_rows(jit):
+  weight = np.array([1.0, 0.0, -2.0, 3.0])
+
+  def rows(anchor):
+    scores = np.einsum("bd,bkd->bk", anchor, BANK[CHOSEN])
+    return noise_contrastive(scores - 0.7, 12)
+
+  def total(anchor):
+    of_row, log_z, later = against_bank(anchor, 0.7)
+    return weight @ of_row, (of_row, log_z, later)
+
+  run = jax.grad(total, has_aux=True)
+  slope, (got, log_z, later) = (jax.jit(run) if jit else run)(
+    jnp.float32(ANCHOR)
+  )
+  oracle.close(got, rows(ANCHOR))
+  oracle.close(log_z, 0.7)
+  np.testing.assert_array_equal(later, np.zeros((4, 3)))
   # A row that is chosen twice counts twice.
   assert any(len(set(row)) < 6 for row in CHOSEN.tolist())
-  oracle.close(
-    slopes[0], oracle.slope(lambda a: np.sum(scores(a) ** 2), ANCHOR), atol=1e-5
+  oracle.close(slope, oracle.slope(lambda a: weight @ rows(a), ANCHOR))
+  # The same without a gradient.
+  oracle.close(against_bank(jnp.float32(ANCHOR), 0.7)[0], got)
+
+
+def test_bank_contrastive_sets_z_once():
+  scores = np.einsum("bd,bkd->bk", ANCHOR, BANK[CHOSEN])
+  exists = np.array([True, False, True, True])
+  want = np.log(12 * np.exp(scores[exists]).mean())
+  rows, log_z, _ = against_bank(
+    jnp.float32(ANCHOR), 99.0, is_set=False, exists=exists
   )
-  np.testing.assert_array_equal(slopes[1], 0)
-  oracle.close(slopes[2], -2 * np.sum(scores(ANCHOR) ** 2) / 0.5)
+  oracle.close(log_z, want)
+  oracle.close(rows, noise_contrastive(scores - want, 12))
+
+
+def test_bank_contrastive_gives_the_anchor_alone_a_gradient():
+  def total(anchor, bank, log_z):
+    rows, z, later = contrastive.bank_contrastive(
+      anchor, bank, jnp.asarray(CHOSEN), jnp.ones(4, bool), log_z,
+      jnp.asarray(True), num_examples=12,
+    )  # fmt: skip
+    return jnp.sum(rows) + z + jnp.sum(later)
+
+  slopes = jax.grad(total, argnums=(0, 1, 2))(
+    jnp.float32(ANCHOR), jnp.float32(BANK), 0.7
+  )
+  assert np.any(slopes[0])
+  for slope in slopes[1:]:
+    np.testing.assert_array_equal(slope, 0)
 
 
 def test_log_normalizer_is_over_rows_that_exist():
@@ -136,8 +175,6 @@ def test_reference_data_of_crd_is_here():
   bank, chosen = np.array(given["memory_v2"]), np.array(given["contrast_idx"])
   student = np.array(given["f_s"]) @ np.array(given["w_s"]).T + given["b_s"]
   student /= np.linalg.norm(student, axis=1, keepdims=True)
-  scores = contrastive.bank_scores(
-    jnp.float32(student), jnp.float32(bank), jnp.asarray(chosen), 0.07
-  )
-  log_z = contrastive.log_normalizer(scores, jnp.ones(3, bool), 12)
+  scores = np.einsum("bd,bkd->bk", student, bank[chosen]) / 0.07
+  log_z = contrastive.log_normalizer(jnp.float32(scores), jnp.ones(3, bool), 12)
   oracle.close(np.exp(log_z), case["expected_extra"]["Z_v1"])
