@@ -206,11 +206,11 @@ def products(hlo: str) -> list[float]:
   return found
 
 
-def executions(hlo: str) -> Callable[[str], int]:
+def executions(hlo: str, unknown: int | None = None) -> Callable[[str], int]:
   """How often a computation of a program's text runs.
 
   A loop runs its body as often as the constant in its condition says, which is
-  how loops of a fixed length are compiled.
+  how loops of a fixed length are compiled; one without, `unknown` times.
   """
   calls: dict[str, list[tuple[str, str]]] = {}
   limits: dict[str, int] = {}
@@ -226,12 +226,17 @@ def executions(hlo: str) -> Callable[[str], int]:
       over = called["condition"] if kind == "body" else ""
       calls.setdefault(name, []).append((inside, over))
 
+  def trips(condition: str) -> int:
+    if unknown is None:
+      return limits[condition]
+    return limits.get(condition, unknown)
+
   @functools.cache
   def times(name: str) -> int:
     if name == entry:
       return 1
     return sum(
-      times(caller) * (limits[over] if over else 1)
+      times(caller) * (trips(over) if over else 1)
       for caller, over in calls.get(name, [])
     )
 

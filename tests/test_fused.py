@@ -24,7 +24,8 @@ SOFTCAP, SCALE = 3.0, 0.7
 def small_parts(monkeypatch):
   """13 classes are then two parts and a rest, a chunk of 4 two tiles."""
   monkeypatch.setattr(fused, "_CLASSES", 5)
-  monkeypatch.setattr(fused, "_ROWS", 2)
+  monkeypatch.setattr(fused, "_TILE", STUDENT_V)
+  monkeypatch.setattr(fused.os, "cpu_count", lambda: 2)
 
 
 def normal(*shape):
