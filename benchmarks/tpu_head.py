@@ -88,7 +88,10 @@ def head(sharding: NamedSharding, sizes: Sizes = BIG) -> dict[str, float]:
     naive, ours = (
       compiled(loss, given) for loss in both(layout=Layout(chunk=CHUNK))
     )
-  memory = [x.memory_analysis().temp_size_in_bytes for x in (naive, ours)]
+  memory = [
+    x.memory_analysis().temp_size_in_bytes  # type: ignore
+    for x in (naive, ours)
+  ]
   trips = -(-sizes.tokens // CHUNK)
   estimates = [cycles(x.as_text() or "", trips) for x in (naive, ours)]
   return {
