@@ -165,6 +165,43 @@ def test_torch_step_compares_processes(script, tmp_path):
   assert json.loads(out.read_text())["rows"]["kdjax"]["wall"] == [1] * 3
 
 
+def test_tpu_head_says_what_it_needs(script, monkeypatch, capsys):
+  module = script("tpu_head")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit) as stopped:
+    module.main([])
+  assert stopped.value.code == 2
+  assert "pip install libtpu" in capsys.readouterr().out
+
+
+def test_tpu_head_adds_up_the_cycles_of_loops(script):
+  told = 'backend_config={"estimated_cycles":"%d"}'
+  text = f"""
+%body.1 (x: f32[8]) -> f32[8] {{
+  %y = f32[8]{{0:T(8,128)}} add(%x, %x), {told % 5}
+}}
+%inner.1 (x: f32[8]) -> f32[8] {{
+  %z = f32[8]{{0:T(8,128)}} add(%x, %x), {told % 100}
+}}
+%known.1 (x: f32[8]) -> pred[] {{
+  %limit = s32[]{{:T(128)}} constant(3)
+}}
+%traced.1 (x: f32[8]) -> pred[] {{
+  %n = s32[] parameter(0)
+}}
+%outer.1 (x: f32[8]) -> f32[8] {{
+  %w = f32[8]{{0}} while(%x), condition=%known.1, body=%inner.1
+  %v = f32[8]{{0}} fusion(%x), kind=kLoop, calls=%body.1, {told % 10}
+}}
+ENTRY %main.1 (x: f32[8]) -> f32[8] {{
+  %u = f32[8]{{0}} while(%x), condition=%traced.1, body=%outer.1
+  %t = f32[8]{{0}} negate(%u), {told % 1}
+}}
+"""
+  # 7 chunks, each of 3 · 100, and 10 with the 5 that it calls.
+  assert script("tpu_head").cycles(text, 7) == 7 * (300 + 15) + 1
+
+
 @pytest.mark.slow
 def test_fused_head_compares_memory_and_gradients(script):
   module = script("fused_head")

@@ -24,7 +24,8 @@ SOFTCAP, SCALE = 3.0, 0.7
 def small_parts(monkeypatch):
   """13 classes are then two parts and a rest, a chunk of 4 two tiles."""
   monkeypatch.setattr(fused, "_CLASSES", 5)
-  monkeypatch.setattr(fused, "_ROWS", 2)
+  monkeypatch.setattr(fused, "_TILE", STUDENT_V)
+  monkeypatch.setattr(fused.os, "cpu_count", lambda: 2)
 
 
 def normal(*shape):
@@ -197,12 +198,14 @@ def test_vocabularies_padded_differently(size):
   close(got, want)
 
 
-def test_masked_tokens_are_not_reached():
+# A chunk of 3 is made one of 4, two tiles.
+@pytest.mark.parametrize("chunk", [3, 4])
+def test_masked_tokens_are_not_reached(chunk):
   def count(logits, _, rows, __):
     return {}, jnp.stack([jnp.float32(logits.shape[0]), rows["mask"].sum()])
 
   visited = lambda mask: fused.sum_rows(  # noqa: E731
-    count, student(), None, {"mask": mask}, (), fused.Layout(chunk=4)
+    count, student(), None, {"mask": mask}, (), fused.Layout(chunk=chunk)
   )[1]
   np.testing.assert_array_equal(visited(MASK), [16, 13])
   np.testing.assert_array_equal(visited(0 * MASK), [0, 0])

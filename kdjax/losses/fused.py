@@ -28,8 +28,9 @@ from kdjax.types import LinearLogits, UserError
 
 # Rows of the kernel's gradient that are added to at once.
 _CLASSES = 8192
-# Rows of logits that f sees at once on CPU, two for each core.
-_ROWS = 2 * (os.cpu_count() or 1)
+# Logits that f sees at once on CPU, for each core: what it makes of them stays
+# in the core's cache.
+_TILE = 2**13
 
 # (student [n, V], teacher [n, V] | None, rows, constants) -> ({group: scalar},
 # further sums), each the sum of what its rows give.
@@ -207,7 +208,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   split = functools.partial(_split, layout)
   kernel = split(student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
-  chunk, tile = _sizes(layout, counts.size)
+  chunk, tile = _sizes(layout, counts.size, student.shape[-1])
   # Those that do not count come last; what is past the end reads as 0.
   order = jnp.argsort(~counts, stable=True)
   order = jnp.pad(order, (0, -counts.size % chunk), constant_values=counts.size)
@@ -398,10 +399,10 @@ def _slope_dtype(dtype: Any) -> Any:
   return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
-def _sizes(layout: Layout, num_tokens: int) -> tuple[int, int]:
+def _sizes(layout: Layout, num_tokens: int, size: int) -> tuple[int, int]:
   """Tokens in a chunk, and of those how many f sees at once."""
   on_cpu = jax.default_backend() == "cpu"
   chunk = min(layout.chunk or (256 if on_cpu else 1024), max(num_tokens, 1))
-  # What f makes of a few rows stays in a core's cache.
-  tile = min(_ROWS if on_cpu else chunk, chunk)
+  rows = max(_TILE // size, 1) * (os.cpu_count() or 1)
+  tile = min(rows if on_cpu else chunk, chunk)
   return chunk + -chunk % tile, tile

@@ -118,6 +118,24 @@ def test_no_class_beside_the_label_is_nan_and_sends_no_nan(loss):
   assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_label_smoothing_may_be_a_number_of_the_program(label_smoothing):
+  def total(student):
+    values = losses.cross_entropy(
+      student, LABELS, label_smoothing=label_smoothing
+    )
+    return values.sum(), values
+
+  run = jax.jit(jax.grad(total, has_aux=True))
+  gradient, values = run(jnp.float32(STUDENT))
+  target = (1 - label_smoothing) * np.eye(NUM_CLASSES)[LABELS]
+  target += label_smoothing / NUM_CLASSES
+  oracle.close(
+    values, cross_entropy(STUDENT, LABELS, label_smoothing=label_smoothing)
+  )
+  oracle.close(gradient, softmax(STUDENT) - target)
+
+
 def test_label_smoothing_is_spread_over_the_support():
   padded = np.concatenate([STUDENT, np.full((5, 3), -np.inf)], axis=1)
   values, gradient, _ = oracle.compiled(losses.cross_entropy)(
