@@ -454,3 +454,68 @@ def test_a_wrong_student_is_one_line(
   assert message in told
   assert len(told.splitlines()) == 1
   assert not (tmp_path / "run").exists()
+
+
+def truncate(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-1000])
+
+
+def lose_a_shard(folder):
+  net, params = decoders.read(folder)
+  (folder / "model.safetensors").unlink()
+  decoders.write(folder / "sharded", params, net, shard_bytes=4000)
+  for file in (folder / "sharded").iterdir():
+    file.replace(folder / file.name)
+  (folder / "sharded").rmdir()
+  sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+
+
+def other_family(folder):
+  path = folder / "config.json"
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {"model_type": "bert"})
+  )
+
+
+def new_field(folder):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"moe_layers": 4}))
+
+
+def foreign_tokenizer(folder):
+  """One with more ids than the embedding has rows."""
+  path = folder / "tokenizer.json"
+  told = json.loads(path.read_text())
+  for n in range(20):
+    told["model"]["vocab"][f"more{n}"] = 260 + n
+  path.write_text(json.dumps(told))
+
+
+def no_tokenizer(folder):
+  (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+  ("spoil", "message"),
+  [
+    (truncate, "is truncated or no safetensors"),
+    (lose_a_shard, "fetch all shards"),
+    (other_family, "unknown model_type in config.json 'bert'"),
+    (new_field, "moe_layers=4"),
+    (foreign_tokenizer, "it belongs to another checkpoint"),
+    (no_tokenizer, "holds no tokenizer.json"),
+  ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+  spoil, message, checkpoints, jsonl, tmp_path, data_dir, capsys
+):
+  shutil.copytree(checkpoints / "student", tmp_path / "spoilt")
+  spoil(tmp_path / "spoilt")
+  given = of_checkpoints(checkpoints, jsonl)
+  given.append(f"--config.student.path={tmp_path / 'spoilt'}")
+  assert run("llm.py:smoke", tmp_path / "run", data_dir, *given) == 2
+  told = capsys.readouterr().err.strip()
+  assert message in told
+  assert len(told.splitlines()) == 1
+  assert not (tmp_path / "run").exists()
