@@ -223,12 +223,14 @@ class TextExperiment:
     """The weights of a checkpoint; what is trained of them is in float32."""
     c = self.config[side]
     trained = side == "student" and not c.lora.rank
-    return configuration.decoder_params(
+    params = configuration.decoder_params(
       c,
       self.models[side],
       self.mesh,
       configuration.dtype("float32" if trained else c.dtype),
     )
+    # Each phase begins with a copy on the devices: no second one there.
+    return jax.device_get(params) if trained else params
 
   def _is_base(self) -> bool:
     """Whether the teacher is the student without its adapters."""
