@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree
 
+from kdjax.losses.softmax import known_support
 from kdjax.types import LinearLogits, UserError
 
 # Rows of the kernel's gradient that are added to at once.
@@ -209,6 +210,12 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   kernel = split(student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
   chunk, tile = _sizes(layout, counts.size, student.shape[-1])
+  # Products of finite numbers are at -inf where they pad, and nowhere else.
+  linear = teacher is None or isinstance(teacher, LinearLogits)
+  biased = (
+    student.bias is not None or getattr(teacher, "bias", None) is not None
+  )
+  known = student.vocabulary if linear and not biased else None
   # Those that do not count come last; what is past the end reads as 0.
   order = jnp.argsort(~counts, stable=True)
   order = jnp.pad(order, (0, -counts.size % chunk), constant_values=counts.size)
@@ -224,7 +231,8 @@ def _through(f, layout, weights, student, teacher, rows, constants):
 
   def tile_sums(product, target, part):
     logits = student.finish(product), finish_target(target)
-    groups, further = f(*logits, part, constants)
+    with known_support(known):
+      groups, further = f(*logits, part, constants)
     total = sum((weights or {}).get(g, 1.0) * x for g, x in groups.items())
     return total, (groups, further)
 

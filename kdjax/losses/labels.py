@@ -17,6 +17,7 @@ from kdjax.losses.softmax import (
   log_sum_exp,
   over_common_support,
   relative_entropy,
+  support,
   target,
 )
 from kdjax.losses.traits import logit_loss
@@ -48,7 +49,7 @@ def cross_entropy(
   """
   student = jnp.asarray(student, jnp.float32)
   labels = jnp.asarray(labels)
-  where = ~jnp.isneginf(student)
+  where = support(student)
   log_q = log_softmax(student, 1.0, where)
   epsilon = jnp.asarray(label_smoothing, jnp.float32)
   if labels.shape == student.shape:
@@ -234,7 +235,7 @@ def teacher_free(
   if not 0 < correct < 1:
     raise UserError(f"correct is {correct}, must be in (0, 1)")
   student = jnp.asarray(student, jnp.float32)
-  where = ~jnp.isneginf(student)
+  where = support(student)
   at_label = target(labels, where)
   others = jnp.sum(where, axis=-1, keepdims=True) - 1
   wrong = math.log1p(-correct) - jnp.log(

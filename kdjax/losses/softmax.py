@@ -6,6 +6,10 @@ here is 0, a number and not -inf: 0 · inf would be NaN in the value, and again
 in the gradient of a `where` that hides it.
 """
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -54,7 +58,39 @@ def over_common_support(
     )
   student = jnp.asarray(student, jnp.float32)
   teacher = jax.lax.stop_gradient(jnp.asarray(teacher, jnp.float32))
-  return student, teacher, ~(jnp.isneginf(student) | jnp.isneginf(teacher))
+  return student, teacher, support(student, teacher)
+
+
+def support(
+  *logits: Float32[Array, "*batch classes"],
+) -> Bool[Array, "*batch classes"]:
+  """Where no network's logit is -inf."""
+  shape, known = logits[0].shape, _KNOWN.get()
+  if known is None:
+    return ~functools.reduce(jnp.logical_or, map(jnp.isneginf, logits))
+  if known >= shape[-1]:
+    return jnp.ones(shape, bool)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) < known
+
+
+@contextlib.contextmanager
+def known_support(num_classes: int | None) -> Iterator[None]:
+  """While a loss is traced here, the first `num_classes` are its support.
+
+  For logits that can be -inf nowhere else: looking for it is a pass over all of
+  them, and the compiler leaves out what a constant decides. None: it is looked
+  for, as everywhere else.
+  """
+  token = _KNOWN.set(num_classes)
+  try:
+    yield
+  finally:
+    _KNOWN.reset(token)
+
+
+_KNOWN: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+  "num_classes", default=None
+)
 
 
 def log_softmax(

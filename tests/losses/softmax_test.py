@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kdjax.losses import softmax
 
@@ -41,3 +42,15 @@ def test_class_sum_of_nothing_is_nan_and_sends_no_gradient():
   np.testing.assert_array_equal(got, [1.0, np.nan])
   gradient = jax.grad(lambda v: softmax.class_sum(v, where).sum())(values)
   np.testing.assert_array_equal(gradient, [[1, 0], [0, 0]])
+
+
+def test_a_support_that_is_known_is_not_looked_for():
+  logits = jnp.array([[0.0, -jnp.inf, 1.0, 2.0]])
+  with softmax.known_support(3):
+    assert softmax.support(logits).tolist() == [[True, True, True, False]]
+    with softmax.known_support(None):
+      assert softmax.support(logits).tolist() == [[True, False, True, True]]
+  with pytest.raises(RuntimeError), softmax.known_support(4):
+    assert softmax.support(logits, logits).all()
+    raise RuntimeError
+  assert softmax.support(logits).tolist() == [[True, False, True, True]]
