@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kdjax.errors import UserError
 from kdjax.losses import softmax
 
 from . import oracle
@@ -50,7 +51,9 @@ def test_a_support_that_is_known_is_not_looked_for():
     assert softmax.support(logits).tolist() == [[True, True, True, False]]
     with softmax.known_support(None):
       assert softmax.support(logits).tolist() == [[True, False, True, True]]
-  with pytest.raises(RuntimeError), softmax.known_support(4):
+  with softmax.known_support(4):
     assert softmax.support(logits, logits).all()
-    raise RuntimeError
+  # An error in a loss leaves nothing behind.
+  with pytest.raises(UserError), softmax.known_support(4):
+    softmax.over_common_support(logits, logits[:, :3])
   assert softmax.support(logits).tolist() == [[True, False, True, True]]
