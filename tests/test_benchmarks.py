@@ -139,7 +139,10 @@ def test_method_cost_has_every_loss_and_term(script):
 
   known = {*losses.TAP_LOSSES, *terms.TERMS}
   # Needs a transformer; the pairs here are convolutional.
-  assert known - {*script("method_cost").TERMS} == {"attention_maps"}
+  assert known - {*script("method_cost").TERMS} == {
+    "attention_maps",
+    "self_relations",
+  }
 
 
 def test_the_kdjax_side_of_the_torch_step_runs(script):

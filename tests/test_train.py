@@ -11,6 +11,9 @@ import tfds_folder
 
 from kdjax import adapters, checkpoint, errors, models, parallel, train
 
+# On one worker, as these share a finished run.
+pytestmark = pytest.mark.xdist_group("train")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -74,7 +77,10 @@ def finished(tmp_path_factory, data_dir):
   "config",
   [
     "digits.py:smoke",
-    "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
+    pytest.param(
+      "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
       marks=pytest.mark.slow,
@@ -217,7 +223,7 @@ def test_a_start_killed_before_its_config_was_whole_goes_on(
 
   (tmp_path / "config.json.part").write_text("{")
   (tmp_path / "compiled").mkdir()
-  monkeypatch.setattr(train.Experiment, "run", stop)
+  monkeypatch.setattr(train, "run", stop)
   assert run("digits.py:smoke", tmp_path, data_dir) == 130
   assert "the same command goes on" in capsys.readouterr().err
   assert json.loads((tmp_path / "config.json").read_text())["seeds"] == 1

@@ -63,7 +63,7 @@ class ImageExperiment:
     frozen = self._frozen_shapes()
     student, _ = self._distilled(frozen, 0)
     self.goal = self._goal(student, frozen)
-    phases.check_goal(config, self.goal, named=bool(config.teacher.checkpoint))
+    phases.check_goal(config, self.goal, key="checkpoint")
     self._trace(student, frozen)
     self.evaluators: dict[Model, Any] = {}
     self.loaded = configuration.loaded(

@@ -82,18 +82,18 @@ def eval_rows(config: Any, mesh: Mesh) -> int:
   return -(-config.data.eval_batch_size // mesh.size) * mesh.size
 
 
-def check_goal(config: Any, goal: Objective, *, named: bool) -> None:
+def check_goal(config: Any, goal: Objective, *, key: str) -> None:
   """Refuses an objective that cannot be, and a config without a teacher.
 
   Args:
-    named: whether the config names a teacher that is trained already.
+    key: of `config.teacher`, where a trained one is named.
   """
   steps = config.phases.distilled.steps
   objective.check(goal, max(steps, 1), has_teacher=True)
-  if not (named or config.phases.teacher.steps):
+  if not (config.teacher[key] or config.phases.teacher.steps):
     raise errors.UserError(
-      "phases.teacher.steps is 0 and the config names no trained teacher: "
-      "train one, or name one (teacher.checkpoint; of texts teacher.path)"
+      f"phases.teacher.steps is 0 and teacher.{key} is empty: train a teacher, "
+      "or name one"
     )
 
 

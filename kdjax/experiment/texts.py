@@ -55,7 +55,7 @@ class TextExperiment:
     self.layout = fused.over(self.mesh)
     self.example = next(iter(self._batches("student", 0)))
     self.goal = self._goal()
-    phases.check_goal(config, self.goal, named=bool(config.teacher.path))
+    phases.check_goal(config, self.goal, key="path")
     self.start, frozen = self._loaded("student"), self._shapes("teacher")
     given: dict[str, Any] = {"frozen": frozen}
     if config.student.lora.rank:

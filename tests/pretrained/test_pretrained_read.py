@@ -320,7 +320,8 @@ def test_a_name_on_the_hub_is_downloaded_once(tmp_path, monkeypatch):
   assert_equal(read("owner/name", revision="v1"), variables())
   ((name, revision, patterns),) = asked
   assert (name, revision) == ("owner/name", "v1")
-  assert all(p.endswith((".safetensors", ".json")) for p in patterns)
+  kinds = (".safetensors", ".json", ".jinja")  # no pickle, no code
+  assert all(p.endswith(kinds) for p in patterns)
 
 
 def test_without_a_connection_it_says_what_was_tried(monkeypatch):
