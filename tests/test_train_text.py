@@ -80,6 +80,7 @@ def checkpoints(tmp_path_factory):
     scratch.mkdir()
     text.save(tokenizer, scratch)
     params = init(net, jax.random.key(len(side)))
+    (scratch / "generation_config.json").write_text('{"eos_token_id": 256}')
     decoders.write(root / side, params, net, beside=list(scratch.iterdir()))
   return root
 
@@ -186,6 +187,8 @@ def test_two_checkpoints_with_differently_padded_embeddings(
   assert export.main(["export", *args]) == 0
   net, params = decoders.read(tmp_path / "out")
   assert net.vocab_size == 272
+  told = (tmp_path / "out" / "generation_config.json").read_text()
+  assert json.loads(told) == {"eos_token_id": 256}
   assert str(params["embed"]["kernel"].dtype) == "bfloat16"
 
 

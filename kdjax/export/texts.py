@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import kdjax.config as configuration
-from kdjax import evaluate, lora, parallel
+from kdjax import evaluate, lora, parallel, pretrained
 from kdjax.data import text
 from kdjax.export import serving
 from kdjax.export.finished import Located, newest
 from kdjax.export.rows import TOKEN, Exported
 from kdjax.generate import generate
-from kdjax.pretrained import decoders
+from kdjax.pretrained import decoders, files
 from kdjax.types import Params
 
 _TOKENS = 32
@@ -32,15 +32,24 @@ def export(run: Located, output: Path, network: str) -> list[Exported]:
   stored = configuration.dtype(run.config[side].dtype)
   with tempfile.TemporaryDirectory() as folder:
     text.save(made.tokenizers[side], folder)
-    files = sorted(Path(folder).iterdir())
+    beside = [*sorted(Path(folder).iterdir()), *_generation(run, side)]
     decoders.write(
-      output, params, made.nets[side], dtype=np.dtype(stored), beside=files
+      output, params, made.nets[side], dtype=np.dtype(stored), beside=beside
     )
   named = [network]
   # A teacher from elsewhere may not fit where its student is exported.
   if side == "student" and not run.config.teacher.path:
     named.insert(0, "teacher")
   return [_measured(run, made, name) for name in named]
+
+
+def _generation(run: Located, side: str) -> list[Path]:
+  """What the network's own checkpoint says of how it is to generate."""
+  path = run.config[side].path
+  if not path or not pretrained.is_weights(path):
+    return []
+  file = pretrained.local(path) / files.GENERATION
+  return [file] if file.exists() else []
 
 
 def _params(run: Located, made: configuration.Decoders, network: str) -> Params:

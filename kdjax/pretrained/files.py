@@ -20,6 +20,7 @@ WEIGHTS, INDEX, CONFIG = (
   "model.safetensors.index.json",
   "config.json",
 )
+GENERATION = "generation_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
 _CONVERT = (
   "a pickle may run any code when it is read: convert it where you trust it "
@@ -183,8 +184,9 @@ def _download(name: str, revision: str | None) -> Path:
   try:
     from huggingface_hub import snapshot_download
 
-    # Of language models the tokenizer, too.
-    wanted = ["model*.safetensors", INDEX, CONFIG, *TOKENIZER_FILES]
+    # Of language models the tokenizer, too, and how they are to generate.
+    wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION]
+    wanted += TOKENIZER_FILES
     return Path(
       snapshot_download(name, revision=revision, allow_patterns=wanted)
     )
