@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from kdjax.errors import UserError
 from kdjax.importance import Importance, of_weights
 from kdjax.layer_map import MAPS
 from kdjax.models.decoder import Architecture
-from kdjax.models.decoder.parameters import nested
+from kdjax.models.decoder.parameters import by_path, nested
 from kdjax.models.decoder.smaller import smaller
 from kdjax.types import Params
 
@@ -101,7 +101,9 @@ def inherit(
     "keys": _columns(groups, net.head_dim),
     "queries": _columns(groups, per_group),
   }
-  flat = {path: _cut(x, _axes(path), kept) for path, x in _flat(params).items()}
+  flat = {
+    path: _cut(x, _axes(path), kept) for path, x in by_path(params).items()
+  }
   energy = 1.0
   if kept["channels"] is not None:
     energy = score.energy[kept["channels"]].sum() / score.energy.sum()
@@ -272,8 +274,3 @@ def _made_up(
     scale("layers/query/kernel", ratio[:, None, None].astype(np.float32))
     scale("layers/query/bias", ratio[:, None].astype(np.float32))
   return flat
-
-
-def _flat(tree: PyTree) -> dict[str, Array]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}

@@ -157,8 +157,6 @@ class TextExperiment:
     tokens = functools.partial(
       text.tokenize, folder=folder, skip_empty=c.skip_empty
     )
-    self.tokens = {side: tokens(documents, reads[side]) for side in reads}
-    self.held_out = {side: tokens(held_out, reads[side]) for side in reads}
     if self.by_spans:
       self.pairs = text.tokenize_pair(
         documents,
@@ -167,6 +165,13 @@ class TextExperiment:
         folder=folder,
         skip_empty=c.skip_empty,
       )
+      self.tokens = {
+        "student": self.pairs.student.tokens,
+        "teacher": self.pairs.teacher.tokens,
+      }
+    else:
+      self.tokens = dict.fromkeys(reads, tokens(documents, reads["student"]))
+    self.held_out = {side: tokens(held_out, reads[side]) for side in reads}
     # Conversations are laid into rows whole, texts are cut where a row ends.
     self.cut = isinstance(documents.examples[0], str)
 

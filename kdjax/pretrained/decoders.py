@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from kdjax.errors import UserError
 from kdjax.models.decoder import Architecture, architecture
-from kdjax.models.decoder.parameters import nested, shapes
+from kdjax.models.decoder.parameters import by_path, nested, shapes
 from kdjax.pretrained import decoder_names
 from kdjax.pretrained.decoder_names import Place, places, unprefixed
 from kdjax.pretrained.files import (
@@ -185,7 +185,7 @@ def write(
   folder = Path(folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"{folder} is there: name a new folder, or remove it")
-  arrays = _flat(params)
+  arrays = by_path(params)
   decoder_names.check_params(net, arrays)
   tensors = _outgoing(net, arrays, dtype)
   temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -293,11 +293,6 @@ def _umask() -> int:
   return umask
 
 
-def _flat(tree: PyTree) -> dict[str, Any]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
-
-
 def _by_path(
   shardings: Sharding | PyTree | None, paths: Collection[str]
 ) -> dict[str, Sharding]:
@@ -305,7 +300,7 @@ def _by_path(
     shardings = SingleDeviceSharding(jax.local_devices()[0])
   if isinstance(shardings, Sharding):
     return dict.fromkeys(paths, shardings)
-  given = _flat(shardings)
+  given = by_path(shardings)
   if wrong := set(paths) ^ set(given):
     raise UserError(
       f"shardings differ from the params in {', '.join(sorted(wrong))}: give "

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from kdjax.models.decoder.architecture import Architecture
 from kdjax.types import Params
@@ -67,6 +67,12 @@ def shapes(net: Architecture) -> dict[str, tuple[int, ...]]:
 def _norm_shapes(net: Architecture, name: str) -> dict[str, tuple[int, ...]]:
   parts = ("scale", "bias") if net.norm == "layer" else ("scale",)
   return {f"{name}/{part}": (net.width,) for part in parts}
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+  """{"a": {"b": x}} -> {"a/b": x}; what `nested` takes."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
