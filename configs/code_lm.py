@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
         tokenizer="bpe:1024",  # "" = that of `path`, or of the other
         dtype="float32",
         remat="none",
+        partition=(),  # () = as the decoders do: kdjax/models/decoder
       )
     )
 
@@ -121,6 +122,12 @@ def get_config(arg: str = "") -> ConfigDict:
   c.sample.max_new_tokens = 8 if smoke else 64
   c.sample.temperature = 0.0  # 0 = the most probable token each time
   c.sample.top_p = 1.0
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 = what the others leave
+  c.mesh.data = -1  # examples are split
+  c.mesh.fsdp = 1  # and parameters with them
+  c.mesh.model = 1  # parameters and the work on them are split
+  c.show_sharding = False  # True = a table of what lies where
 
   c.save_every = 3 if smoke else 750
   c.keep_last = 2

@@ -73,6 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.teacher.checkpoint = ""  # "" = train one first; a run, or weights
   c.teacher.drop_head = False
   c.teacher.dtype = "float32"
+  c.teacher.partition = ()  # () = as the network family does
   c.student = ConfigDict()
   c.student.model = dict(name="resnet_cifar", depth=8, width=4)
   c.student.num_classes = 0
@@ -80,6 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.student.drop_head = False
   c.student.classifier = "own"  # or the "teacher"'s: SimKD
   c.student.dtype = "float32"
+  c.student.partition = ()
 
   c.phases = ConfigDict()  # one of 0 steps is left out
   c.phases.teacher = phase(0.1, 5e-4)
@@ -100,6 +102,12 @@ def get_config(arg: str = "") -> ConfigDict:
   c.hard = dict(name="cross_entropy", label_smoothing=0.0)
   c.soft = dict(name="kl")
   c.terms = ConfigDict()
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 = what the others leave
+  c.mesh.data = -1  # examples are split
+  c.mesh.fsdp = 1  # and parameters with them
+  c.mesh.model = 1  # parameters and the work on them are split
+  c.show_sharding = False  # True = a table of what lies where
 
   c.save_every = 3 if smoke else 200
   c.keep_last = 2

@@ -39,7 +39,9 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.batch_size = 8
   c.data.eval_batch_size = 8
 
-  network = dict(path="", model={}, tokenizer="", dtype="bfloat16")
+  network = dict(
+    path="", model={}, tokenizer="", dtype="bfloat16", partition=()
+  )
   c.teacher = ConfigDict(dict(network, remat="none", parts=1))
   c.student = ConfigDict(dict(network, remat="block"))
   c.student.inherit = dict(
@@ -91,6 +93,12 @@ def get_config(arg: str = "") -> ConfigDict:
   c.sample.max_new_tokens = 64
   c.sample.temperature = 0.0
   c.sample.top_p = 1.0
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 = what the others leave
+  c.mesh.data = -1  # examples are split
+  c.mesh.fsdp = 1  # and parameters with them
+  c.mesh.model = 1  # parameters and the work on them are split
+  c.show_sharding = False  # True = a table of what lies where
 
   c.save_every = 3 if smoke else 200
   c.keep_last = 2

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, losses, parallel
+from kdjax import errors, losses, parallel, pins
 from kdjax.losses import fused
 from kdjax.types import Batch, LinearLogits, Model, Variables, dense
 
@@ -123,13 +123,14 @@ def make_evaluate(
 
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def batch_sums(variables: Variables, frozen: Any, batch: Batch):
-    logits = student.apply(*variables, batch, train=False)[0].logits
-    target = None
-    if teacher is not None:
-      params, stats = frozen
-      target = teacher.apply(params, stats, batch, train=False)[0].logits
-    mask = batch["mask"]
-    total = output_sums(logits, batch["label"], mask, target, layout)
+    with pins.inside(mesh):
+      logits = student.apply(*variables, batch, train=False)[0].logits
+      target = None
+      if teacher is not None:
+        params, stats = frozen
+        target = teacher.apply(params, stats, batch, train=False)[0].logits
+      mask = batch["mask"]
+      total = output_sums(logits, batch["label"], mask, target, layout)
     if "num_bytes" in batch:
       total["bytes"] = jnp.sum(mask * batch["num_bytes"])
     return total
@@ -166,5 +167,6 @@ def flops_per_example(
   def forward(variables: Variables, batch: Batch):
     return dense(model.apply(*variables, batch, train=False)[0].logits)
 
-  cost = jax.jit(forward).lower(variables, one).cost_analysis()
+  shapes = jax.eval_shape(lambda: variables)
+  cost = jax.jit(forward).lower(shapes, one).cost_analysis()
   return float((cost or {}).get("flops", np.nan))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kdjax import parallel
 from kdjax.errors import UserError
 from kdjax.importance import Importance, of_weights
 from kdjax.layer_map import MAPS
@@ -90,7 +91,7 @@ def inherit(
   made = cut(net, layers=layers, **sizes)
   chosen = _layers(net.depth, layers)
   score: Any = of_weights(net, params) if importance is None else importance
-  score = jax.tree.map(np.asarray, score)
+  score = parallel.on_host(score)
   _check_importance(net, score)
   groups = _best(score.groups[chosen], kv_heads)
   per_group = net.heads // net.kv_heads * net.head_dim

@@ -36,10 +36,9 @@ from kdjax.train_step import (
   TeacherOf,
   all_frozen,
   all_trained,
-  init_state,
+  create_state,
   jit_step,
   make_train_step,
-  state_shardings,
 )
 from kdjax.types import Batch, Model, Schedule, TrainState
 
@@ -87,7 +86,10 @@ def distill(
   shown: dict[str, Schedule] | None = None,
   settings: Mapping[str, Any] | None = None,
   mesh: Mesh | None = None,
+  partition: Sequence[parallel.Rule] = (),
+  teacher_partition: Sequence[parallel.Rule] = (),
   layout: fused.Layout | None = None,
+  show_sharding: bool = False,
   folder: str | Path | None = None,
   save_every: int = 1000,
   keep_last: int = 2,
@@ -116,8 +118,11 @@ def distill(
       as for `make_train_step`.
     settings: what a config says, by key, for the advice where memory is short
       (`memory_plan.advice`); its "phase" is the phase's name.
-    mesh: default, all devices along `data`.
-    layout: as for `make_train_step`; default, tokens along `data`.
+    mesh: of `parallel.make_mesh`; default, all devices along `data`.
+    partition, teacher_partition: rules of `parallel.shardings`, for what is
+      trained and for what is frozen.
+    layout: as for `make_train_step`; default, `fused.over(mesh)`.
+    show_sharding: show a table of what is split how.
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
     save_every: updates between evaluations and checkpoints.
@@ -143,14 +148,21 @@ def distill(
   parallel.check_batch_size(
     len(feed.first["mask"]), mesh, microbatches=microbatches
   )
-  frozen = parallel.put(teacher_variables, mesh)
-  state = init_state(
+  parallel.check_rules(partition, mesh, "partition")
+  parallel.check_rules(teacher_partition, mesh, "teacher_partition")
+  frozen = parallel.place(
+    teacher_variables,
+    parallel.shardings(teacher_variables, mesh, teacher_partition),
+  )
+  state, shardings = create_state(
     student,
     teacher,
     goal,
     optimizer,
-    jax.random.key(seed),
+    seed,
     feed.first,
+    mesh=mesh,
+    rules=partition,
     frozen=frozen,
     variables=student_variables,
     teacher_of=teacher_of,
@@ -165,10 +177,9 @@ def distill(
     (whole, state.stats),
     theirs,
     feed.first,
+    mesh=mesh,
     comparable=goal.comparable,
   )
-  shardings = state_shardings(goal, state, mesh)
-  state = jax.device_put(state, shardings)
   step_fn = jit_step(
     make_train_step(
       student,
@@ -204,6 +215,11 @@ def distill(
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
     bar.note(_describe(name, mesh, state, theirs, start, steps))
+    if show_sharding:
+      lies = {"student": state, "teacher": frozen}
+      bar.note(f"{name}:\n{parallel.table(lies)}")
+    elif whole_ones := parallel.unsplit((state, frozen)):
+      bar.note(f"{name}: {whole_ones}")
     if start < steps:
       rows = parallel.put_batch(feed.first, mesh)
       head = functools.partial(

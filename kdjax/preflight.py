@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
-from kdjax import errors
+from kdjax import errors, parallel
 from kdjax.types import Batch, LinearLogits, Model, Variables
 
 
@@ -19,6 +20,7 @@ def check_outputs(
   frozen: Any,
   batch: Batch,
   *,
+  mesh: Mesh | None = None,
   comparable: bool = True,
 ) -> None:
   """Refuses networks that do not fit the data or each other.
@@ -27,7 +29,8 @@ def check_outputs(
     student, teacher: the networks; the teacher is run once.
     variables: the student's `(params, stats)`; only their shapes matter.
     frozen: the teacher's.
-    batch: any batch.
+    batch: any batch, this process's rows of it.
+    mesh: what the teacher's variables lie on, where that is several devices.
     comparable: whether their classes must be as many: `Objective.comparable`.
 
   Raises:
@@ -42,7 +45,8 @@ def check_outputs(
     num_classes = shape.vocabulary
   if teacher is not None:
     free = padded or not comparable
-    _check_teacher(teacher, frozen, batch, None if free else num_classes)
+    rows = batch if mesh is None else parallel.put_batch(batch, mesh)
+    _check_teacher(teacher, frozen, rows, None if free else num_classes)
   _check_labels(batch, num_classes)
 
 

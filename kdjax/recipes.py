@@ -189,7 +189,9 @@ def _phase(
 
 def _base(smoke: bool) -> Config:
   """What both recipes share; `configs/digits.py` explains each key."""
-  network = dict(num_classes=0, checkpoint="", drop_head=False, dtype="float32")
+  network = dict(
+    num_classes=0, checkpoint="", drop_head=False, dtype="float32", partition=()
+  )
   return ConfigDict(
     dict(
       task="image",
@@ -211,6 +213,8 @@ def _base(smoke: bool) -> Config:
       hard=dict(name="cross_entropy", label_smoothing=0.0),
       soft=dict(name="kl"),
       terms={},
+      mesh=dict(data=-1, fsdp=1, model=1),
+      show_sharding=False,
       keep_last=2,
       keep_best=1,
     )

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, parallel, term_inputs, totals
+from kdjax import errors, parallel, pins, term_inputs, totals
 from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
@@ -89,6 +89,53 @@ def init_state(
       )
   state = state.replace(term_params=term_params, term_state=term_state)
   return state.replace(opt_state=optimizer.init(state.trained))
+
+
+def create_state(
+  student: Model,
+  teacher: Model | None,
+  terms: Objective | Sequence[Term],
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  batch: Batch,
+  *,
+  mesh: Mesh,
+  rules: Sequence[parallel.Rule] = (),
+  frozen: Frozen = (),
+  variables: tuple[PyTree, PyTree] | None = None,
+  teacher_of: TeacherOf = all_frozen,
+  student_of: StudentOf = all_trained,
+) -> tuple[TrainState, TrainState]:
+  """`init_state` on a mesh, and its shardings: no device ever has all of it.
+
+  Args:
+    seed: of `jax.random.key`.
+    mesh, rules: as for `state_shardings`.
+    batch, frozen: only their shapes matter.
+    variables: whole or split, on this host or the devices; left as they are.
+  """
+  shapes = jax.eval_shape(lambda: (dict(batch), frozen))
+
+  def begin(variables: Any) -> TrainState:
+    # Shapes alone, as the rows of a batch differ from process to process.
+    rows = {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes[0].items()}
+    return init_state(
+      student,
+      teacher,
+      terms,
+      optimizer,
+      jax.random.key(seed),
+      rows,
+      frozen=shapes[1],
+      variables=variables,
+      teacher_of=teacher_of,
+      student_of=student_of,
+    )
+
+  split = state_shardings(terms, jax.eval_shape(begin, variables), mesh, rules)
+  if variables is not None:
+    variables = parallel.place(variables, (split.params, split.stats))
+  return parallel.create(begin, split, variables), split
 
 
 def make_train_step(
@@ -256,8 +303,14 @@ def jit_step(
   """
   everywhere = parallel.replicated(mesh)
   states = state_shardings or everywhere
+
+  @functools.wraps(train_step)
+  def pinned(state: TrainState, frozen: Frozen, batch: Batch):
+    with pins.inside(mesh):
+      return train_step(state, frozen, batch)
+
   return jax.jit(
-    train_step,
+    pinned,
     donate_argnums=0,
     in_shardings=(states, None, parallel.batch_sharding(mesh)),
     out_shardings=(states, everywhere),
@@ -265,20 +318,31 @@ def jit_step(
 
 
 def state_shardings(
-  terms: Objective | Sequence[Term], state: TrainState, mesh: Mesh
+  terms: Objective | Sequence[Term],
+  state: TrainState,
+  mesh: Mesh,
+  rules: Sequence[parallel.Rule] = (),
 ) -> TrainState:
-  """Everything on every device, but for what terms declare `sharded`.
+  """What is trained by the rules, what terms declare `sharded` with the batch.
 
-  An array whose first axis the devices do not divide stays whole.
+  The optimizer's state lies where its parameters do. All the rest is on every
+  device: statistics, the key, and of a term's an array whose first axis the
+  devices do not divide.
   """
+  by_rules = functools.partial(parallel.shardings, mesh=mesh, rules=rules)
   everywhere = parallel.replicated(mesh)
-  shardings = jax.tree.map(lambda _: everywhere, state)
+  found = jax.tree.map(lambda _: everywhere, state).replace(
+    params=by_rules(state.params),
+    opt_state=by_rules(state.opt_state),
+    term_params=by_rules(state.term_params),
+  )
+  parts = parallel.batch_parts(mesh)
   for term in _objective(terms).terms:
     for name in term.sharded:
-      if state.term_state[term.name][name].shape[0] % mesh.size == 0:
+      if state.term_state[term.name][name].shape[0] % parts == 0:
         split = parallel.batch_sharding(mesh)
-        shardings.term_state[term.name][name] = split
-  return shardings
+        found.term_state[term.name][name] = split
+  return found
 
 
 def pmap_step(train_step: TrainStep, axis_name: str = "data") -> TrainStep:

@@ -15,7 +15,7 @@ from kdjax.config.decoders import (
 from kdjax.config.goal import goal
 from kdjax.config.inputs import augment, eval_transform, mixup
 from kdjax.config.keys import KEYS, check_keys
-from kdjax.config.network import dtype, loaded, model
+from kdjax.config.network import dtype, loaded, model, partition
 from kdjax.config.optimizers import Optimizer, optimizer
 from kdjax.config.students import (
   adapter_scale,
@@ -49,5 +49,6 @@ __all__ = [
   "mixup",
   "model",
   "optimizer",
+  "partition",
   "token_folder",
 ]

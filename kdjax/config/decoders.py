@@ -164,19 +164,24 @@ def causal_lm(
 
 
 def decoder_params(
-  config: Mapping[str, Any], model: Model, mesh: Mesh, stored: Any
+  config: Mapping[str, Any],
+  model: Model,
+  stored: Any,
+  mesh: Mesh,
+  rules: Sequence[parallel.Rule] = (),
 ) -> Params | None:
   """The weights of `config.path`; None where it names nothing.
 
   Args:
     stored: the dtype of the arrays.
+    mesh, rules: where they lie: `parallel.shardings`.
   """
   path = config["path"]
   if not path:
     return None
+  like = jax.eval_shape(model.init, jax.random.key(0), {})
   if pretrained.is_weights(path):
-    where = parallel.replicated(mesh)
+    where = parallel.shardings(like[0], mesh, rules)
     return decoders.read(path, dtype=stored, shardings=where)[1]
   inside = Path(path) / "checkpoints"
-  like = jax.eval_shape(model.init, jax.random.key(0), {})
   return checkpoint.load_params(inside if inside.exists() else path, like)[0]

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from kdjax import errors
 from kdjax.config.values import plain
+from kdjax.parallel import AXES
 
 _PHASES = ("teacher", "alone", "distilled")
 _PHASE = {"steps": int, "microbatches": int, "optimizer": ...}
@@ -17,6 +18,7 @@ _IMAGE_NETWORK = {
   "checkpoint": str,
   "drop_head": bool,
   "dtype": str,
+  "partition": tuple,
 }
 _TEXT_NETWORK = {
   "path": str,
@@ -24,6 +26,7 @@ _TEXT_NETWORK = {
   "tokenizer": str,
   "dtype": str,
   "remat": str,
+  "partition": tuple,
 }
 _AT_LEAST_ONE = {
   "seeds",
@@ -46,6 +49,8 @@ _EVERY_TASK: dict[str, Any] = {
   "hard": ...,
   "soft": ...,
   "terms": ...,
+  "mesh": dict.fromkeys(AXES, int),
+  "show_sharding": bool,
   "save_every": int,
   "keep_last": int,
   "keep_best": int,
@@ -148,7 +153,7 @@ def _check(
         raise errors.UserError(
           f"{at}.{name} is {value!r}, must be a {kind.__name__}"
         )
-      least = 1 if name in _AT_LEAST_ONE else 0
+      least = 1 if name in _AT_LEAST_ONE else -1 if name in AXES else 0
       if isinstance(value, int | float) and value < least:
         raise errors.UserError(
           f"{at}.{name} is {value}, must be at least {least}"

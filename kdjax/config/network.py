@@ -1,14 +1,15 @@
 """A config's networks, and the variables that they start from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from kdjax import adapters, checkpoint, errors, models, pretrained
+from kdjax import adapters, checkpoint, errors, models, parallel, pretrained
 from kdjax.config.values import take_name
 from kdjax.types import Batch, Model, Variables
 
@@ -72,6 +73,15 @@ def loaded(
     arguments=arguments,
     drop_head=drop_head,
   )
+
+
+def partition(
+  config: Any, side: str, mesh: Mesh, usual: Sequence[parallel.Rule]
+) -> tuple[parallel.Rule, ...]:
+  """How a side's network lies on the mesh: as the config says, or as usual."""
+  rules = tuple(config[side].partition)
+  parallel.check_rules(rules, mesh, f"{side}.partition")
+  return tuple((p, tuple(axes)) for p, axes in rules) or tuple(usual)
 
 
 def dtype(name: str) -> Any:

@@ -15,6 +15,7 @@ from kdjax import (
   errors,
   evaluate,
   losses,
+  models,
   objective,
   parallel,
   simkd,
@@ -44,7 +45,16 @@ class ImageExperiment:
       configuration.model(network, source.num_classes, channels)
       for network in (config.teacher, config.student)
     )
-    self.mesh = parallel.make_mesh()
+    self.mesh = parallel.make_mesh(**config.mesh)
+    self.partition = {
+      side: configuration.partition(
+        config,
+        side,
+        self.mesh,
+        models.PARTITIONS.get(config[side].model["name"], ()),
+      )
+      for side in ("teacher", "student")
+    }
     self.optimizers = phases.optimizers(config, self.mesh)
     self.eval_batches = data.eval_batches(
       held_out,
@@ -52,8 +62,7 @@ class ImageExperiment:
       mean=c.mean,
       std=c.std,
       transform=configuration.eval_transform(c),
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **phases.share(self.mesh),
     )
     self.example = next(iter(self.eval_batches))
     self.start = configuration.loaded(
@@ -105,8 +114,7 @@ class ImageExperiment:
       std=c.data.std,
       augment=configuration.augment(c.data),
       labelled=labelled,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **phases.share(self.mesh),
     )
     return distill(
       student=network,
@@ -118,6 +126,8 @@ class ImageExperiment:
       student_variables=start,
       transform=configuration.mixup(c.phases[phase], source.num_classes),
       mesh=self.mesh,
+      partition=self.partition["student" if phase != "teacher" else phase],
+      teacher_partition=self.partition["teacher"],
       folder=folder,
       **phases.of_distill(c, phase, seed, self.optimizers[phase]),
     ).variables

@@ -65,6 +65,12 @@ def run(
   return measured
 
 
+def share(mesh: Mesh) -> dict[str, int]:
+  """Which rows of a batch this process reads, for the functions of `data`."""
+  block, blocks = parallel.data_share(mesh)
+  return dict(process_index=block, process_count=blocks)
+
+
 def optimizers(config: Any, mesh: Mesh) -> dict[str, Optimizer]:
   """The optimizer of each phase, all of whose parts the devices divide."""
   for phase in config.phases.values():
@@ -79,7 +85,8 @@ def optimizers(config: Any, mesh: Mesh) -> dict[str, Optimizer]:
 
 def eval_rows(config: Any, mesh: Mesh) -> int:
   """Rounded up to the devices: what is added is padding, and masked."""
-  return -(-config.data.eval_batch_size // mesh.size) * mesh.size
+  parts = parallel.batch_parts(mesh)
+  return -(-config.data.eval_batch_size // parts) * parts
 
 
 def check_goal(config: Any, goal: Objective, *, key: str) -> None:
@@ -156,6 +163,7 @@ def of_distill(
     shown={"learning_rate": rule.learning_rate},
     settings={"phase": phase, **configuration.flat(config.to_dict())},
     seed=seed,
+    show_sharding=config.show_sharding,
     save_every=config.save_every,
     keep_last=config.keep_last,
     keep_best=config.keep_best,

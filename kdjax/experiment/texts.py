@@ -22,7 +22,7 @@ from kdjax.in_parts import in_parts
 from kdjax.inherit import copy_embeddings
 from kdjax.loop import distill
 from kdjax.losses import fused
-from kdjax.models.decoder import flops_per_token
+from kdjax.models.decoder import PARTITION, flops_per_token
 from kdjax.objective import Objective, Term
 from kdjax.preflight import check_outputs
 from kdjax.types import Batch, Params, Variables
@@ -35,7 +35,11 @@ class TextExperiment:
   """See `phases.Experiment`."""
 
   def __init__(self, config: Any):
-    self.config, self.mesh = config, parallel.make_mesh()
+    self.config, self.mesh = config, parallel.make_mesh(**config.mesh)
+    self.partition = {
+      side: configuration.partition(config, side, self.mesh, PARTITION)
+      for side in ("teacher", "student")
+    }
     self.optimizers = phases.optimizers(config, self.mesh)
     self.made = configuration.decoders_of(config)
     for line in self.made.warnings:
@@ -82,6 +86,7 @@ class TextExperiment:
         self._shapes("student"),
         self.loaded,
         self.example,
+        mesh=self.mesh,
         comparable=not self.by_spans,
       )
     self.evaluators: dict[str, Any] = {}
@@ -108,6 +113,8 @@ class TextExperiment:
       student_variables=given.get("variables"),
       layout=self.layout,
       mesh=self.mesh,
+      partition=self.partition[side],
+      teacher_partition=self.partition["teacher"],
       folder=folder,
       **({} if side == "teacher" else self._views(taught=taught)),
       **phases.of_distill(self.config, phase, seed, self.optimizers[phase]),
@@ -180,8 +187,7 @@ class TextExperiment:
     rows = dict(
       batch_size=self.config.data.batch_size,
       seed=seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **phases.share(self.mesh),
     )
     if side == "student" and self.by_spans:
       return text.pair_batches(
@@ -203,8 +209,7 @@ class TextExperiment:
       batch_size=phases.eval_rows(self.config, self.mesh),
       sequence_length=self.lengths[side],
       cut=self.cut,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **phases.share(self.mesh),
     )
 
   def _shapes(self, side: str) -> Variables:
@@ -231,11 +236,13 @@ class TextExperiment:
     params = configuration.decoder_params(
       c,
       self.models[side],
-      self.mesh,
       configuration.dtype("float32" if trained else c.dtype),
+      self.mesh,
+      self.partition[side],
     )
     # Each phase begins with a copy on the devices: no second one there.
-    return jax.device_get(params) if trained else params
+    alone = jax.process_count() == 1
+    return jax.device_get(params) if trained and alone else params
 
   def _is_base(self) -> bool:
     """Whether the teacher is the student without its adapters."""
@@ -260,14 +267,27 @@ class TextExperiment:
         "frozen": {"teacher": frozen if taught else (), "base": start},
       }
     if c.student.inherit.embeddings:
-      own, _ = self.models["student"].init(jax.random.key(seed), self.example)
+      own = self._drawn(seed)
       start = copy_embeddings(own, frozen[0])
     elif configuration.inherited_sizes(c.student):
-      texts = itertools.islice(self._batches("teacher", seed), _CALIBRATION)
+      texts = (
+        parallel.put_batch(rows, self.mesh)
+        for rows in itertools.islice(
+          self._batches("teacher", seed), _CALIBRATION
+        )
+      )
       net = self.made.nets["teacher"]
       start = configuration.inherited(c, net, frozen[0], texts)
     variables = None if start is None else (start, {})
     return {"variables": variables, "frozen": frozen if taught else ()}
+
+  def _drawn(self, seed: int) -> Params:
+    """A student's first weights, as it would draw them itself."""
+    like, _ = self._shapes("student")
+    return parallel.create(
+      lambda: self.models["student"].init(jax.random.key(seed), {})[0],
+      parallel.shardings(like, self.mesh, self.partition["student"]),
+    )
 
   def _views(self, *, taught: bool) -> dict[str, Any]:
     """Where the step finds the two networks, if not in the usual places."""
@@ -304,7 +324,7 @@ class TextExperiment:
         num_classes=self.made.num_classes[side],
         dtype=configuration.dtype(self.config[side].dtype),
       )
-      tokens = np.asarray(made.tokens[0])[: int(made.lengths[0])]
+      tokens = parallel.on_host(made.tokens)[0][: int(made.lengths[0])]
       written.append([prompt, reads.decode(tokens.tolist())])
     return written
 

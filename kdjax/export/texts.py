@@ -64,7 +64,7 @@ def _params(run: Located, made: configuration.Decoders, network: str) -> Params:
     return newest(run, network, whole)[0]
   stored = configuration.dtype(c.dtype)
   mesh = parallel.make_mesh()
-  base = configuration.decoder_params(c, model, mesh, stored)
+  base = configuration.decoder_params(c, model, stored, mesh)
   assert base is not None  # adapters have a path, as the config was checked
   if not adapted:
     return base

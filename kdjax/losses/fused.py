@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree
 
 from kdjax.losses.softmax import known_support
+from kdjax.pins import BATCH_AXES
 from kdjax.types import LinearLogits, UserError
 
 # Rows of the kernel's gradient that are added to at once.
@@ -46,18 +47,30 @@ class Layout(NamedTuple):
       Memory is that of some [chunk, V] arrays.
     mesh: what tokens and classes are split over, or None.
     tokens: the axes of the mesh that split the leading axis of the batch.
-    classes: the axis that splits the classes, or None.
+    classes: the axis that splits the classes, or None; where it does not divide
+      a head's, it splits nothing.
+    width: the axis, one of `tokens`, over which kernels lie split along D, or
+      None. They are gathered once, and so is a gradient scattered.
   """
 
   chunk: int | None = None
   mesh: Mesh | None = None
   tokens: tuple[str, ...] = ("data",)
   classes: str | None = None
+  width: str | None = None
 
 
 def over(mesh: Mesh) -> Layout:
-  """The tokens split over the axis `data` of the mesh, if it has several."""
-  return Layout(mesh=mesh if mesh.size > 1 else None)
+  """The layout for a mesh of `parallel.make_mesh`."""
+  if mesh.size == 1:
+    return Layout()
+  several = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
+  return Layout(
+    mesh=mesh,
+    tokens=tuple(a for a in BATCH_AXES if a in mesh.axis_names),
+    classes="model" if "model" in several else None,
+    width="fsdp" if "fsdp" in several else None,
+  )
 
 
 def sum_rows(
@@ -84,11 +97,12 @@ def sum_rows(
     layout: of the computation; by default on one device.
 
   Raises:
-    UserError: for a mask of another shape than the hidden states', or classes
-      that the mesh does not divide.
+    UserError: for a mask of another shape than the hidden states'.
   """
   layout = layout or Layout()
-  _check(student, teacher, rows, layout)
+  _check(student, teacher, rows)
+  if layout.classes and student.shape[-1] % layout.mesh.shape[layout.classes]:
+    layout = layout._replace(classes=None)
   num_classes = student.vocabulary
   if isinstance(teacher, LinearLogits):
     num_classes = min(num_classes, teacher.vocabulary)
@@ -127,7 +141,7 @@ def sum_rows(
   return sums(student, teacher, rows, constants)
 
 
-def _check(student, teacher, rows, layout):
+def _check(student, teacher, rows):
   if rows["mask"].shape != student.shape[:-1]:
     raise UserError(
       f"mask has shape {rows['mask'].shape}, the student's hidden states "
@@ -137,16 +151,6 @@ def _check(student, teacher, rows, layout):
     raise UserError(
       f"student logits have shape {student.shape}, the teacher's "
       f"{teacher.shape}: give both the same tokens"
-    )
-  if layout.classes is None:
-    return
-  assert layout.mesh is not None
-  count, size = layout.mesh.shape[layout.classes], student.shape[-1]
-  if size % count:
-    raise UserError(
-      f"the student's kernel has {size} rows, which axis {layout.classes!r} of "
-      f"{count} devices does not divide: pad it with rows to "
-      f"{size + -size % count} and set num_classes={student.vocabulary}"
     )
 
 
@@ -171,20 +175,22 @@ def _spread(f, layout, weights, student, teacher, rows, constants):
     return through(weights, student, teacher, rows, constants)
   split, whole = PartitionSpec(layout.tokens), PartitionSpec()
 
-  def total(*arguments):
-    sums, gradient = through(*arguments)
+  def total(weights, student, teacher, rows, constants):
+    whole = [_gathered(layout, x) for x in (student, teacher)]
+    sums, gradient = through(weights, *whole, rows, constants)
     if gradient is None:
       return jax.lax.psum(sums, layout.tokens), None
-    sums, kernel, bias = jax.lax.psum(
-      (sums, gradient.kernel, gradient.bias), layout.tokens
-    )
+    sums, bias = jax.lax.psum((sums, gradient.bias), layout.tokens)
+    kernel = _added(layout, gradient.kernel, student.kernel.shape)
     return sums, dataclasses.replace(gradient, kernel=kernel, bias=bias)
 
   def specs(logits):
     if not isinstance(logits, LinearLogits):
       return split
     bias = None if logits.bias is None else whole
-    return dataclasses.replace(logits, hidden=split, kernel=whole, bias=bias)
+    columns = layout.width if _narrow(layout, logits) else None
+    kernel = PartitionSpec(None, columns)
+    return dataclasses.replace(logits, hidden=split, kernel=kernel, bias=bias)
 
   # By hand over the tokens alone: the classes are left to the compiler, which
   # partitions whatever f does with them.
@@ -196,6 +202,33 @@ def _spread(f, layout, weights, student, teacher, rows, constants):
     out_specs=(whole, None if weights is None else specs(student)),
     check_vma=False,
   )(weights, student, teacher, rows, constants)
+
+
+def _narrow(layout: Layout, logits: LinearLogits) -> bool:
+  """Whether each device holds some columns of the kernel."""
+  assert layout.mesh is not None
+  width = layout.width and layout.mesh.shape[layout.width]
+  return bool(width) and logits.hidden.shape[-1] % width == 0
+
+
+def _gathered(layout: Layout, logits: Any) -> Any:
+  """With its whole kernel, sent in the dtype that it is multiplied in."""
+  if not isinstance(logits, LinearLogits) or not _narrow(layout, logits):
+    return logits
+  kernel = logits.kernel.astype(logits.hidden.dtype)
+  kernel = jax.lax.all_gather(kernel, layout.width, axis=1, tiled=True)
+  return dataclasses.replace(logits, kernel=kernel)
+
+
+def _added(layout: Layout, gradient: Array, shape: tuple[int, ...]) -> Array:
+  """The sum over the devices, each the columns that it holds."""
+  if gradient.shape == shape:
+    return jax.lax.psum(gradient, layout.tokens)
+  gradient = jax.lax.psum_scatter(
+    gradient, layout.width, scatter_dimension=1, tiled=True
+  )
+  rest = tuple(axis for axis in layout.tokens if axis != layout.width)
+  return jax.lax.psum(gradient, rest) if rest else gradient
 
 
 def _through(f, layout, weights, student, teacher, rows, constants):

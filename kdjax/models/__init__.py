@@ -6,6 +6,7 @@
       8, num_classes=10, rngs=rngs))
 """
 
+from kdjax.models import vit as vit_module
 from kdjax.models.mobilenet import MobileNet
 from kdjax.models.mobilenet_v1 import MobileNetV1, mobilenet_v1
 from kdjax.models.mobilenet_v2 import mobilenet_v2, mobilenet_v2_cifar
@@ -39,8 +40,13 @@ MODELS = {
   "vit": vit,
 }
 
+# How they lie on a mesh, by the same name; the others as
+# `parallel.shardings` finds by itself.
+PARTITIONS = {"vit": vit_module.PARTITION}
+
 __all__ = [
   "MODELS",
+  "PARTITIONS",
   "VGG",
   "MobileNet",
   "MobileNetV1",

@@ -25,6 +25,13 @@ from kdjax.types import Output
 
 _init = nnx.initializers.truncated_normal(0.02)
 
+# How it lies on a mesh: heads and neurons along `model` (see decoder.partition).
+PARTITION = (
+  (r"(query|key|value|expand)/kernel$", ("fsdp", "model")),
+  (r"(output|contract)/kernel$", ("model", "fsdp")),
+  (r"(query|key|value|expand)/bias$", ("model",)),
+)
+
 
 def _linear(inputs: int, outputs: int, **shared: Any) -> nnx.Linear:
   return nnx.Linear(inputs, outputs, kernel_init=_init, **shared)

@@ -7,5 +7,12 @@ it. Everything is a pure function of a tree of arrays.
 from kdjax.models.decoder.architecture import Architecture, architecture
 from kdjax.models.decoder.cost import flops_per_token
 from kdjax.models.decoder.network import decoder
+from kdjax.models.decoder.partition import PARTITION
 
-__all__ = ["Architecture", "architecture", "decoder", "flops_per_token"]
+__all__ = [
+  "PARTITION",
+  "Architecture",
+  "architecture",
+  "decoder",
+  "flops_per_token",
+]

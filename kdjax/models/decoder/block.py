@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kdjax import pins
 from kdjax.models.decoder import rotary
 from kdjax.models.decoder.architecture import Architecture
 from kdjax.models.decoder.fields import ACTIVATIONS
@@ -148,7 +149,8 @@ def embed(
   dtype: Any,
 ) -> Float[Array, "b s width"]:
   """Embeddings, scaled or with learned positions; NaN for no token of ours."""
-  x = jnp.take(params["embed"]["kernel"], tokens, axis=0).astype(dtype)
+  table = pins.gathered(params["embed"]["kernel"])
+  x = jnp.take(table, tokens, axis=0).astype(dtype)
   if net.embed_scale != 1:
     x = x * jnp.asarray(net.embed_scale, dtype)
   if not net.rotations:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from kdjax import errors
+from kdjax import errors, pins
 from kdjax.models.decoder import attention, parameters
 from kdjax.models.decoder.architecture import Architecture, architecture
 from kdjax.models.decoder.block import (
@@ -196,6 +196,7 @@ def hidden(
     positions = whole if segments is None else document_positions(segments)
   drop = dropout(key)
   x = drop(embed(net, params, tokens, positions, dtype), net.embed_dropout, 2)
+  x = pins.by_example(x)
   found = {"embed": x} if "embed" in taps else {}
   turned = angles(net, positions)
   stack = layers(net, params, slots(net, taps))
@@ -219,7 +220,7 @@ def hidden(
 
   def body(carry: Any, layer: Layer) -> tuple[Any, None]:
     x, kept = carry
-    x, seen = step(x, layer)
+    x, seen = step(pins.by_example(x), layer)
     return (x, keep(kept, seen, layer.slots)), None
 
   (x, kept), _ = jax.lax.scan(body, (x, buffers(step, x, stack)), stack)
