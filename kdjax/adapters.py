@@ -209,7 +209,9 @@ def reading(model: Model, prefix: str) -> Model:
   ) -> tuple[Output, Stats]:
     return model.apply(params, stats, own(batch), **options)
 
-  return Model(lambda key, batch: model.init(key, own(batch)), apply)
+  return model._replace(
+    init=lambda key, batch: model.init(key, own(batch)), apply=apply
+  )
 
 
 def tap_specs(

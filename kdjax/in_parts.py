@@ -71,7 +71,7 @@ def in_parts(model: Model, count: int) -> Model:
       logits = dataclasses.replace(head, hidden=logits)
     return Output(logits, found), stats
 
-  return Model(model.init, apply)
+  return model._replace(apply=apply)
 
 
 # Every count-th row goes together: neighbours lie on one device, and taking

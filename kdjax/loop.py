@@ -150,6 +150,9 @@ def distill(
   )
   parallel.check_rules(partition, mesh, "partition")
   parallel.check_rules(teacher_partition, mesh, "teacher_partition")
+  student = parallel.gathered(student, mesh, partition)
+  if teacher is not None:
+    teacher = parallel.gathered(teacher, mesh, teacher_partition)
   frozen = parallel.place(
     teacher_variables,
     parallel.shardings(teacher_variables, mesh, teacher_partition),

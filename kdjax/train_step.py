@@ -5,6 +5,7 @@
 The teacher's variables go in and do not come out, so no step can change them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,14 @@ from jaxtyping import Array, PyTree
 from kdjax import errors, parallel, pins, term_inputs, totals
 from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
-from kdjax.types import Batch, Model, Output, Schedule, TrainState
+from kdjax.types import (
+  Batch,
+  LinearLogits,
+  Model,
+  Output,
+  Schedule,
+  TrainState,
+)
 
 # What no step changes: the teacher's (params, stats), () where there is none;
 # or any tree in which `teacher_of` and `student_of` find theirs.
@@ -193,6 +201,7 @@ def make_train_step(
     output, stats = student.apply(
       whole["student"], stats, batch, train=True, key=key, taps=goal.taps(0)
     )
+    output = _pinned(output)
     grouped, sums = totals.logit_terms(
       logit,
       output.logits,
@@ -225,7 +234,7 @@ def make_train_step(
       target, _ = teacher.apply(
         theirs[0], theirs[1], part, train=False, taps=goal.taps(1)
       )
-      target = jax.lax.stop_gradient(target)
+      target = _pinned(jax.lax.stop_gradient(target))
 
     def loss_of(trained):
       whole = trained | {"student": student_of(trained["student"], frozen)}
@@ -383,6 +392,15 @@ def _parts(batch: Batch, count: int) -> Batch:
     k: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
     for k, x in batch.items()
   }
+
+
+def _pinned(output: Output) -> Output:
+  """Its logits, or what they are made of, split as the batch is."""
+  logits = output.logits
+  if isinstance(logits, LinearLogits):
+    hidden = pins.by_example(logits.hidden)
+    return output._replace(logits=dataclasses.replace(logits, hidden=hidden))
+  return output._replace(logits=pins.by_example(logits))
 
 
 def _objective(terms: Objective | Sequence[Term]) -> Objective:

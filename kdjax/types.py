@@ -144,10 +144,14 @@ class Model(NamedTuple):
     apply: `(params, stats, batch, *, train, key=None, taps=()) ->
       (Output, stats)`. With `train=False` it returns the stats it was given.
       `taps` are the names of the activations to return, fixed at trace time.
+    pinned: whether `apply` says itself where on a mesh its arrays lie, by
+      `kdjax.pins`. A network must whose layers are scanned; of another one
+      `parallel.gathered` takes care.
   """
 
   init: InitFn
   apply: ApplyFn
+  pinned: bool = False
 
 
 def run_once(init: InitFn) -> InitFn:

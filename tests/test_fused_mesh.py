@@ -1,5 +1,6 @@
 """A head split over devices by tokens and classes; a step that has one."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -11,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdjax import losses, term_inputs, totals
+from kdjax import losses, parallel, term_inputs, totals
 from kdjax.errors import UserError
 from kdjax.losses import fused
 from kdjax.objective import Objective, Term, hinton
@@ -26,6 +27,8 @@ GOAL = Objective(
     Term("choice", losses.teacher_label, group="extra"),
   )
 )
+
+LABELS = Objective(GOAL.terms[:1])
 
 
 def head(classes, width, num_classes):
@@ -149,11 +152,45 @@ def test_only_few_numbers_travel_in_the_loop():
     assert largest(shapes) <= CLASSES // 2 * WIDTH, (kind, shapes)
 
 
-def test_classes_that_the_mesh_does_not_divide_are_refused():
+def test_kernels_split_along_their_width_are_gathered_once():
+  """By `fsdp`; the gradient is added up by scattering it there again."""
+  over = parallel.make_mesh(data=2, fsdp=2, model=2)
+  layout = fused.over(over)._replace(chunk=8)
+  assert layout.tokens == ("data", "fsdp")
+  assert (layout.classes, layout.width) == ("model", "fsdp")
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(over, PartitionSpec(*spec)))
+
+  tokens = ("data", "fsdp")
+  sides = [
+    dataclasses.replace(
+      x,
+      hidden=put(x.hidden, tokens),
+      kernel=put(x.kernel, "model", "fsdp"),
+      bias=put(x.bias, "model"),
+    )
+    for x in (STUDENT, TEACHER)
+  ]
+  batch = jax.tree.map(lambda x: put(x, tokens), BATCH)
+  run = program(layout).lower(*sides, batch).compile()
+  got, want = run(*sides, batch), program(LAYOUT)(STUDENT, TEACHER, BATCH)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, got, want)
+  assert got[1].kernel.sharding.spec == PartitionSpec("model", "fsdp")
+  found = COLLECTIVE.findall(run.as_text())
+  kinds = [kind for shapes, kind, _ in found if largest(shapes) >= CLASSES * 8]
+  assert kinds.count("all-gather") == 2  # the student's and the teacher's
+  assert kinds.count("reduce-scatter") == 1
+
+
+def test_classes_that_the_axis_does_not_divide_stay_whole():
   odd = head(CLASSES + 1, WIDTH, None)
   layout = LAYOUT._replace(mesh=mesh(), classes="model")
-  with pytest.raises(UserError, match=r"97 rows.*2 devices.*to 98 and set num"):
-    program(layout)(odd, None, BATCH)
+  got = program(layout, LABELS)(odd, None, BATCH)
+  want = program(LAYOUT, LABELS)(odd, None, BATCH)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, got, want)
 
 
 def language_model(linear, width=5, padding=2):

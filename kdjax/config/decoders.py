@@ -1,6 +1,6 @@
 """A config's language models: their architectures, tokenizers and weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 

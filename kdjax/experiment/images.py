@@ -148,8 +148,12 @@ class ImageExperiment:
       "distilled": lambda: self._distilled(frozen, 0)[0],
     }[phase]()
     if network not in self.evaluators:
+      side = "teacher" if phase == "teacher" else "student"
+      ours, theirs = self.partition[side], self.partition["teacher"]
       self.evaluators[network] = evaluate.make_evaluate(
-        network, self.teacher, self.mesh
+        parallel.gathered(network, self.mesh, ours),
+        parallel.gathered(self.teacher, self.mesh, theirs),
+        self.mesh,
       )
     deployed = simkd.deployed(variables)
     return {

@@ -17,15 +17,17 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree
 
+from kdjax.losses.layout import Layout as Layout
+from kdjax.losses.layout import added, gathered, narrow, split_classes
+from kdjax.losses.layout import over as over
 from kdjax.losses.softmax import known_support
-from kdjax.pins import BATCH_AXES
 from kdjax.types import LinearLogits, UserError
 
 # Rows of the kernel's gradient that are added to at once.
@@ -37,40 +39,6 @@ _TILE = 2**13
 # (student [n, V], teacher [n, V] | None, rows, constants) -> ({group: scalar},
 # further sums), each the sum of what its rows give.
 RowSums = Callable[..., tuple[dict[str, Array], PyTree]]
-
-
-class Layout(NamedTuple):
-  """How the tokens of a head are gone through.
-
-  Attributes:
-    chunk: tokens at a time, on each device; None: 256 on CPU, otherwise 1024.
-      Memory is that of some [chunk, V] arrays.
-    mesh: what tokens and classes are split over, or None.
-    tokens: the axes of the mesh that split the leading axis of the batch.
-    classes: the axis that splits the classes, or None; where it does not divide
-      a head's, it splits nothing.
-    width: the axis, one of `tokens`, over which kernels lie split along D, or
-      None. They are gathered once, and so is a gradient scattered.
-  """
-
-  chunk: int | None = None
-  mesh: Mesh | None = None
-  tokens: tuple[str, ...] = ("data",)
-  classes: str | None = None
-  width: str | None = None
-
-
-def over(mesh: Mesh) -> Layout:
-  """The layout for a mesh of `parallel.make_mesh`."""
-  if mesh.size == 1:
-    return Layout()
-  several = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
-  return Layout(
-    mesh=mesh,
-    tokens=tuple(a for a in BATCH_AXES if a in mesh.axis_names),
-    classes="model" if "model" in several else None,
-    width="fsdp" if "fsdp" in several else None,
-  )
 
 
 def sum_rows(
@@ -101,7 +69,8 @@ def sum_rows(
   """
   layout = layout or Layout()
   _check(student, teacher, rows)
-  if layout.classes and student.shape[-1] % layout.mesh.shape[layout.classes]:
+  blocks = layout.mesh.shape if layout.mesh else {}
+  if layout.classes and student.shape[-1] % blocks[layout.classes]:
     layout = layout._replace(classes=None)
   num_classes = student.vocabulary
   if isinstance(teacher, LinearLogits):
@@ -176,19 +145,19 @@ def _spread(f, layout, weights, student, teacher, rows, constants):
   split, whole = PartitionSpec(layout.tokens), PartitionSpec()
 
   def total(weights, student, teacher, rows, constants):
-    whole = [_gathered(layout, x) for x in (student, teacher)]
-    sums, gradient = through(weights, *whole, rows, constants)
+    ours, theirs = gathered(layout, student), gathered(layout, teacher)
+    sums, gradient = through(weights, ours, theirs, rows, constants)
     if gradient is None:
       return jax.lax.psum(sums, layout.tokens), None
     sums, bias = jax.lax.psum((sums, gradient.bias), layout.tokens)
-    kernel = _added(layout, gradient.kernel, student.kernel.shape)
+    kernel = added(layout, gradient.kernel, student.kernel.shape)
     return sums, dataclasses.replace(gradient, kernel=kernel, bias=bias)
 
   def specs(logits):
     if not isinstance(logits, LinearLogits):
       return split
     bias = None if logits.bias is None else whole
-    columns = layout.width if _narrow(layout, logits) else None
+    columns = layout.width if narrow(layout, logits) else None
     kernel = PartitionSpec(None, columns)
     return dataclasses.replace(logits, hidden=split, kernel=kernel, bias=bias)
 
@@ -204,33 +173,6 @@ def _spread(f, layout, weights, student, teacher, rows, constants):
   )(weights, student, teacher, rows, constants)
 
 
-def _narrow(layout: Layout, logits: LinearLogits) -> bool:
-  """Whether each device holds some columns of the kernel."""
-  assert layout.mesh is not None
-  width = layout.width and layout.mesh.shape[layout.width]
-  return bool(width) and logits.hidden.shape[-1] % width == 0
-
-
-def _gathered(layout: Layout, logits: Any) -> Any:
-  """With its whole kernel, sent in the dtype that it is multiplied in."""
-  if not isinstance(logits, LinearLogits) or not _narrow(layout, logits):
-    return logits
-  kernel = logits.kernel.astype(logits.hidden.dtype)
-  kernel = jax.lax.all_gather(kernel, layout.width, axis=1, tiled=True)
-  return dataclasses.replace(logits, kernel=kernel)
-
-
-def _added(layout: Layout, gradient: Array, shape: tuple[int, ...]) -> Array:
-  """The sum over the devices, each the columns that it holds."""
-  if gradient.shape == shape:
-    return jax.lax.psum(gradient, layout.tokens)
-  gradient = jax.lax.psum_scatter(
-    gradient, layout.width, scatter_dimension=1, tiled=True
-  )
-  rest = tuple(axis for axis in layout.tokens if axis != layout.width)
-  return jax.lax.psum(gradient, rest) if rest else gradient
-
-
 def _through(f, layout, weights, student, teacher, rows, constants):
   """One device's tokens: f's sums and, unless the weights are None, a gradient.
 
@@ -239,7 +181,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   batch, counts = rows["mask"].shape, rows["mask"].reshape(-1) > 0
   hidden, dtype = _flat(student.hidden, batch), student.hidden.dtype
   rows = {name: _flat(x, batch) for name, x in rows.items()}
-  split = functools.partial(_split, layout)
+  split = functools.partial(split_classes, layout)
   kernel = split(student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
   chunk, tile = _sizes(layout, counts.size, student.shape[-1])
@@ -315,7 +257,7 @@ def _targets(teacher, batch, layout, student):
     logits, finish = _flat(teacher, batch), student.mask_padding
     return functools.partial(_take, logits), lambda x: finish(_as_wide(x, size))
   hidden = _flat(teacher.hidden, batch)
-  split = functools.partial(_split, layout)
+  split = functools.partial(split_classes, layout)
   kernel = split(teacher.kernel.astype(hidden.dtype))
   return (
     lambda index: _product(split, _take(hidden, index), kernel),
@@ -353,7 +295,9 @@ def _accumulators(student, hidden, layout):
     out_specs=rows,
     check_vma=False,
   )
-  return jax.tree.map(functools.partial(_split, layout), zeros), accumulate
+  return jax.tree.map(
+    functools.partial(split_classes, layout), zeros
+  ), accumulate
 
 
 def _accumulate(gradient, slope, x, kernel, index):
@@ -383,14 +327,6 @@ def _accumulate(gradient, slope, x, kernel, index):
   if by_bias is not None:
     by_bias += slope.sum(0, dtype=jnp.float32)
   return by_hidden, by_kernel, by_bias
-
-
-def _split(layout: Layout, x: Array, axis: int = 0) -> Array:
-  """x with the classes, along `axis`, on their devices."""
-  if layout.classes is None:
-    return x
-  spec = PartitionSpec(*[None] * axis, layout.classes)
-  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _flat(x: Array, batch: tuple[int, ...]) -> Array:

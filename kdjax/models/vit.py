@@ -25,7 +25,7 @@ from kdjax.types import Output
 
 _init = nnx.initializers.truncated_normal(0.02)
 
-# How it lies on a mesh: heads and neurons along `model` (see decoder.partition).
+# How it lies on a mesh: heads and neurons along `model`.
 PARTITION = (
   (r"(query|key|value|expand)/kernel$", ("fsdp", "model")),
   (r"(output|contract)/kernel$", ("model", "fsdp")),

@@ -1,5 +1,6 @@
 """Devices: the mesh, what lies where on it, the rows of a process."""
 
+from kdjax.parallel.gathered import gathered as gathered
 from kdjax.parallel.mesh import AXES as AXES
 from kdjax.parallel.mesh import batch_axes as batch_axes
 from kdjax.parallel.mesh import batch_parts as batch_parts

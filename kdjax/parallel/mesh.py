@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -29,7 +30,7 @@ def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   model: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
 ) -> Mesh:
   """All devices (or the first `num_devices`) as `data` × `fsdp` × `model`.
 
@@ -117,7 +118,8 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
   """
   parts = batch_parts(mesh)
   mine = batch_sharding(mesh).addressable_devices_indices_map((parts,))
-  rows = sorted({r for (s,) in mine.values() for r in range(*s.indices(parts))})
+  spans = [index[0].indices(parts) for index in mine.values() if index]
+  rows = sorted({row for span in spans for row in range(*span)})
   count, first = len(rows), rows[0]
   if rows != list(range(first, first + count)) or first % count:
     raise errors.UserError(
@@ -185,7 +187,8 @@ def create(make: Callable[..., PyTree], shardings: PyTree, *args: Any) -> Any:
   options = {"xla_backend_optimization_level": 0}
 
   def run(constants: Any, args: Any) -> PyTree:
-    leaves = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(args))
+    closed = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants)
+    leaves = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
     return jax.tree.unflatten(structure, leaves)
 
   made = jax.jit(

@@ -32,7 +32,7 @@ Axis = str | tuple[str, ...] | None
 Rule = tuple[str, tuple[Axis, ...]]
 
 # Fewer elements are not worth a collective of their own.
-SMALL = 4096
+SMALL = 1024
 
 
 def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule] = ()) -> PyTree:
@@ -108,8 +108,8 @@ def check_rules(rules: Sequence[Any], mesh: Mesh, key: str) -> None:
         )
     if len(named) > len(set(named)):
       raise errors.UserError(
-        f"{key}: {pattern!r} names an axis twice in {axes}: an axis of the mesh "
-        "splits one axis of an array"
+        f"{key}: {pattern!r} names an axis twice in {axes}: an axis of the "
+        "mesh splits one axis of an array"
       )
 
 
@@ -149,14 +149,15 @@ def table(tree: PyTree) -> str:
 
 
 def unsplit(tree: PyTree) -> str:
-  """A line on the larger arrays that nothing splits, where others are; or ""."""
+  """A line on larger arrays that nothing splits, where others are; or ""."""
   found = [
     (jax.tree_util.keystr(path, simple=True, separator="/"), x)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
     if x.size >= SMALL and x.sharding.is_fully_replicated
   ]
-  sizes = {x.sharding.mesh.shape for _, x in found}
-  if not any(dict(s).get(a, 1) > 1 for s in sizes for a in ("fsdp", "model")):
+  meshes = {x.sharding.mesh for _, x in found}
+  splitting = ("fsdp", "model")
+  if not any(m.shape.get(axis, 1) > 1 for m in meshes for axis in splitting):
     return ""
   shown = ", ".join(name for name, _ in found[:3])
   more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -132,7 +132,7 @@ def decoder(
 
   # Without the batch: nothing depends on it, and it may hold anything.
   drawn = run_once(init)
-  return Model(lambda key, batch: drawn(key, {}), apply)
+  return Model(lambda key, batch: drawn(key, {}), apply, pinned=True)
 
 
 def linear_head(
