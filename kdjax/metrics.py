@@ -18,7 +18,8 @@ class Writer:
   """Writes `{name: number}` of a step to `metrics.jsonl` and TensorBoard.
 
   What an interrupted run wrote after the step it resumes from is dropped, so a
-  file holds every step once.
+  file holds every step once. A number that is not finite is null in the one and
+  absent from the other.
   """
 
   def __init__(self, folder: Path, *, resume_step: int = 0):
@@ -35,7 +36,8 @@ class Writer:
     self._jsonl.write(json.dumps(line) + "\n")
     self._jsonl.flush()
     for name, value in metrics.items():
-      self._events.add_scalar(name, value, step)
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, step)
 
   def __enter__(self) -> "Writer":
     return self

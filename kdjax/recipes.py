@@ -213,5 +213,8 @@ def _base(smoke: bool) -> Config:
       terms={},
       keep_last=2,
       keep_best=1,
+      on_nan="stop",
+      profile=0,
+      hang_minutes=0.0,
     )
   )

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, parallel, term_inputs, totals
+from kdjax import errors, health, parallel, term_inputs, totals
 from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import Batch, Model, Output, Schedule, TrainState
@@ -116,7 +116,9 @@ def make_train_step(
   Args:
     student, teacher: networks; the teacher may be None if no term needs it.
     terms: the objective.
-    optimizer: over `{"student": params, "terms": term_params}`.
+    optimizer: over `{"student": params, "terms": term_params}`. A state begun
+      with `health.guarded(optimizer)`, or another `optax.apply_if_finite`, is
+      left whole by an update that is not finite (`health.keep_if_bad`).
     microbatches: parts that the batch is taken in, one after another.
     transform: `(batch, key) -> batch`, for mixup: once, for both networks.
     teacher_of: which variables the teacher has; a self-teacher reads the state.
@@ -222,6 +224,10 @@ def make_train_step(
     gradients = jax.tree.map(
       lambda *g: functools.reduce(jnp.add, g), *by_group.values()
     )
+    norm = optax.tree.norm(gradients)
+    guarded = health.is_guarded(state.opt_state)
+    if guarded:
+      gradients = health.spoil_unless_finite(gradients, total, norm)
     extra = {"by_group": by_group} if gradients_by_group else {}
     updates, opt_state = optimizer.update(
       gradients, state.opt_state, state.trained, **extra
@@ -237,7 +243,10 @@ def make_train_step(
     )
     measured = totals.metrics(goal, sums, state.step)
     measured["loss/total"] = jnp.asarray(total)
-    measured["grad_norm"] = optax.tree.norm(gradients)
+    measured["grad_norm"] = norm
+    if guarded:
+      new_state, told = health.keep_if_bad(state, new_state)
+      measured |= told
     return new_state, measured
 
   return train_step
