@@ -54,13 +54,13 @@ def is_guarded(opt_state: PyTree) -> bool:
   return isinstance(opt_state, optax.ApplyIfFiniteState)
 
 
-def spoil_unless_finite(gradients: PyTree, total: Array, norm: Array) -> PyTree:
+def spoil_unless_finite(gradients: PyTree, total: Array) -> PyTree:
   """The gradients, all NaN where the loss or their norm is not finite.
 
   optax looks at gradients alone. So it skips what `on_nan="stop"` stops at, a
   loss that is not finite beside finite gradients too, and nothing else.
   """
-  finite = jnp.isfinite(total) & jnp.isfinite(norm)
+  finite = jnp.isfinite(total) & jnp.isfinite(optax.tree.norm(gradients))
   return jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradients)
 
 

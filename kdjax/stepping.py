@@ -48,7 +48,7 @@ class Report:
     Raises:
       DivergedError: see `health.judge`.
     """
-    values = _fetch(measured)
+    values = fetch(measured)
     self.clock.tick()
     self._keep(step, values, self._figures(step))
     loss = values["loss/total"]
@@ -59,7 +59,7 @@ class Report:
 
   def evaluation(self, step: int, measured: Mapping[str, Any]) -> Metrics:
     """Of held-out data."""
-    values = _fetch(measured)
+    values = fetch(measured)
     self._keep(step, values, {})
     return values
 
@@ -127,5 +127,5 @@ def run(
   return state, last
 
 
-def _fetch(measured: Mapping[str, Any]) -> Metrics:
+def fetch(measured: Mapping[str, Any]) -> Metrics:
   return {k: float(v) for k, v in jax.device_get(measured).items()}

@@ -224,13 +224,13 @@ def make_train_step(
     gradients = jax.tree.map(
       lambda *g: functools.reduce(jnp.add, g), *by_group.values()
     )
-    norm = optax.tree.norm(gradients)
     guarded = health.is_guarded(state.opt_state)
+    followed = gradients
     if guarded:
-      gradients = health.spoil_unless_finite(gradients, total, norm)
+      followed = health.spoil_unless_finite(gradients, jnp.asarray(total))
     extra = {"by_group": by_group} if gradients_by_group else {}
     updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.trained, **extra
+      followed, state.opt_state, state.trained, **extra
     )
     trained: Any = optax.apply_updates(state.trained, updates)
     new_state = state.replace(
@@ -243,7 +243,7 @@ def make_train_step(
     )
     measured = totals.metrics(goal, sums, state.step)
     measured["loss/total"] = jnp.asarray(total)
-    measured["grad_norm"] = norm
+    measured["grad_norm"] = optax.tree.norm(gradients)
     if guarded:
       new_state, told = health.keep_if_bad(state, new_state)
       measured |= told
