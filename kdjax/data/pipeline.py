@@ -256,11 +256,11 @@ def normalizer(
   def normalize(images: np.ndarray) -> np.ndarray:
     # Row by row of an image, in place: NumPy is slow where the last axis is
     # the channels, and new arrays of a batch's size are slow to come by.
-    count, height, width, _ = images.shape
-    row = lambda v: np.tile(np.broadcast_to(v, channels), width)  # noqa: E731
+    count, height, width, depth = images.shape
+    row = lambda v: np.tile(np.broadcast_to(v, depth), width)  # noqa: E731
     row_means, row_stds = row(means), row(stds)
     made = np.empty(images.shape, np.float32)
-    shape = count, height, width * channels
+    shape = count, height, width * depth
     for image, out in zip(images.reshape(shape), made.reshape(shape)):
       np.divide(image, np.float32(255), out=out)
       out -= row_means
