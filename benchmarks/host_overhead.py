@@ -3,8 +3,7 @@
     python benchmarks/host_overhead.py
 
 A student of so little arithmetic that a step is nothing but its calls, of 300
-parameter arrays; SGD. Both run in turn, A B A B, in one process, the fastest
-of the blocks of each kept:
+parameter arrays; SGD. Both run in turn, A B A B, in one process:
 
   bare   calls of the compiled step on a batch that lies on the device, and
          nothing else: what JAX needs to dispatch
@@ -12,19 +11,21 @@ of the blocks of each kept:
          the metrics of the step before fetched, checked, written to
          metrics.jsonl and TensorBoard, the bar, clock and watchdog
 
-  beyond, milliseconds a step, is loop - bare; goal 1. What of it is the
-  fetching, and the writing, is timed apart.
-
-On a CPU the device's work is the host's too, and part of both.
+  beyond, milliseconds a step, is loop - bare, goal 1: of the seconds of the
+  host's own thread (its wait for the device is not among them), the median,
+  and of the wall, the fastest block of each. The latter holds what the step
+  itself is late by, where a CPU is the device and others share it. What of it
+  is the putting, fetching and writing is timed apart.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,21 @@ def batch() -> dict[str, np.ndarray]:
   }
 
 
+class Times(NamedTuple):
+  """Seconds of the wall, and of this thread while it ran."""
+
+  wall: float
+  thread: float
+
+  @classmethod
+  def now(cls) -> "Times":
+    return cls(time.perf_counter(), time.thread_time())
+
+  def until_now(self, steps: int) -> "Times":
+    """Since then, for a step."""
+    return Times(*((b - a) / steps for a, b in zip(self, self.now())))
+
+
 class Bench:
   """The compiled step, its state, and the two ways to run it."""
 
@@ -84,16 +100,15 @@ class Bench:
     self.state, self.frozen = parallel.put((state, frozen), self.mesh)
     self.step = jit_step(make_train_step(*given), self.mesh)
 
-  def bare(self) -> float:
+  def bare(self) -> Times:
     rows = parallel.put_batch(batch(), self.mesh)
-    begun = time.perf_counter()
-    measured = None
+    begun, measured = Times.now(), None
     for _ in range(self.steps):
       self.state, measured = self.step(self.state, self.frozen, rows)
     jax.block_until_ready((self.state, measured))
-    return (time.perf_counter() - begun) / self.steps
+    return begun.until_now(self.steps)
 
-  def loop(self) -> float:
+  def loop(self) -> Times:
     rows, clock = batch(), Clock()
     with (
       tempfile.TemporaryDirectory() as folder,
@@ -104,7 +119,7 @@ class Bench:
       bar = Progress("bench", self.steps, quiet=True)
       meter = Meter(clock, 8, list(self.mesh.devices.flat))
       report = stepping.Report("bench", self.steps, bar, write, clock, meter)
-      begun = time.perf_counter()
+      begun = Times.now()
       self.state, _ = stepping.run(
         self.state,
         self.step,
@@ -116,7 +131,7 @@ class Bench:
         save_every=self.steps,
       )
       jax.block_until_ready(self.state)
-      return (time.perf_counter() - begun) / self.steps
+      return begun.until_now(self.steps)
 
   def parts(self) -> dict[str, float]:
     """Seconds of three parts of the loop, each by itself."""
@@ -128,19 +143,19 @@ class Bench:
     values = stepping.fetch(measured)
     with tempfile.TemporaryDirectory() as folder, Writer(Path(folder)) as write:
       return {
-        "put_batch": fastest(lambda: parallel.put_batch(rows, self.mesh)),
-        "fetch": fastest(lambda: stepping.fetch(measured)),
-        "write": fastest(lambda: write(1, values)),
+        "put_batch": middle(lambda: parallel.put_batch(rows, self.mesh)),
+        "fetch": middle(lambda: stepping.fetch(measured)),
+        "write": middle(lambda: write(1, values)),
       }
 
 
-def fastest(f: Callable[[], Any], calls: int = 200) -> float:
-  """Seconds of a call: the median of all."""
+def middle(f: Callable[[], Any], calls: int = 200) -> float:
+  """Seconds of this thread for a call: the median of all."""
   times = []
   for _ in range(calls):
-    begun = time.perf_counter()
+    begun = time.thread_time()
     f()
-    times.append(time.perf_counter() - begun)
+    times.append(time.thread_time() - begun)
   return statistics.median(times)
 
 
@@ -149,15 +164,19 @@ def measure(arrays: int, steps: int, blocks: int) -> dict[str, Any]:
   bench.bare()
   bench.loop()
   pairs = [(bench.bare(), bench.loop()) for _ in range(blocks)]
-  bare, loop = (min(times) for times in zip(*pairs))
+  wall = [min(x.wall for x in times) for times in zip(*pairs)]
+  thread = [statistics.median(x.thread for x in times) for times in zip(*pairs)]
   return {
     "arrays": arrays,
     "steps": steps,
-    "bare_ms": 1e3 * bare,
-    "loop_ms": 1e3 * loop,
-    "beyond_ms": 1e3 * (loop - bare),
-    "median_beyond_ms": 1e3 * statistics.median(b - a for a, b in pairs),
+    "bare_ms": 1e3 * thread[0],
+    "loop_ms": 1e3 * thread[1],
+    "beyond_ms": 1e3 * (thread[1] - thread[0]),
+    "bare_wall_ms": 1e3 * wall[0],
+    "loop_wall_ms": 1e3 * wall[1],
+    "beyond_wall_ms": 1e3 * (wall[1] - wall[0]),
     **{f"{k}_ms": 1e3 * v for k, v in bench.parts().items()},
+    "load": os.getloadavg()[0],
   }
 
 
@@ -172,7 +191,7 @@ def main() -> None:
   rows = []
   for arrays in (10, 300):
     rows.append(measure(arrays, given.steps, given.blocks))
-    shown = [f"{k} {v:.3g}" for k, v in rows[-1].items()]
+    shown = [f"{name} {value:.3g}" for name, value in rows[-1].items()]
     print(", ".join(shown), flush=True)
   save(given.out, rows=rows)
 

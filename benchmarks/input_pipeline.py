@@ -162,7 +162,7 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
     source = data.load("shaped", "train", data_dir=root)
     found: dict[str, Any] = {"bytes": size, "parts": parts(source)}
     found["threads"] = [
-      throughput(source, threads, rounds) for threads in (1, 2, 4, 8)
+      throughput(source, threads, rounds) for threads in (1, 2, 4)
     ]
     found["wait"] = [
       waiting(source, rows, 8 + 2 * rounds) for rows in (4, 8, 16, 32)

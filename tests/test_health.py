@@ -231,6 +231,13 @@ def test_an_evaluation_that_is_not_finite_is_not_skipped():
     health.judge(2, {"eval/nll": math.nan, "eval/kl": math.nan}, "skip")
 
 
+def test_who_wraps_an_optimizer_himself_is_stopped_as_asked():
+  values = {"grad_norm": math.nan, "skipped": 1.0, "skipped_in_a_row": 1.0}
+  assert "skipped (1 in a row)" in str(health.judge(3, values, "skip"))
+  with pytest.raises(DivergedError, match="grad_norm not finite at step 3"):
+    health.judge(3, values, "stop")
+
+
 @pytest.mark.parametrize(
   ("changes", "says"),
   [
