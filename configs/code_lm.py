@@ -132,4 +132,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.save_every = 3 if smoke else 750
   c.keep_last = 2
   c.keep_best = 1
+  c.on_nan = "stop"  # or "skip": leave out an update that is not finite
+  c.profile = 0  # steps of each phase to trace into <folder>/profile
+  c.hang_minutes = 0.0  # without a step, then the process ends; 0 = never
   return c

@@ -103,4 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.save_every = 3 if smoke else 200
   c.keep_last = 2
   c.keep_best = 1
+  c.on_nan = "stop"
+  c.profile = 0
+  c.hang_minutes = 0.0
   return c

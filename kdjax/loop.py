@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +19,25 @@ from jaxtyping import Array, PyTree
 from kdjax import (
   checkpoint,
   errors,
+  flops,
+  health,
   losses,
   memory_plan,
   objective,
   parallel,
+  stepping,
 )
+from kdjax.clock import Clock
 from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.feed import Feed
+from kdjax.goodput import Goodput
+from kdjax.health import DivergedError as DivergedError
 from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
+from kdjax.perf import Meter
 from kdjax.preflight import check_outputs
+from kdjax.profiling import Profile
 from kdjax.train_step import (
   StudentOf,
   TeacherOf,
@@ -41,10 +48,7 @@ from kdjax.train_step import (
   make_train_step,
 )
 from kdjax.types import Batch, Model, Schedule, TrainState
-
-
-class DivergedError(errors.UserError):
-  """A loss or gradient was not finite; the last good checkpoint stays."""
+from kdjax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,9 @@ def distill(
   save_every: int = 1000,
   keep_last: int = 2,
   keep_best: int = 1,
+  on_nan: str = "stop",
+  profile: int = 0,
+  hang_minutes: float = 0.0,
   name: str = "distilling",
   quiet: bool = False,
 ) -> Distilled:
@@ -107,7 +114,7 @@ def distill(
     train: batches of the whole batch's size. If its iterator has `get_state`
       and `set_state` (grain's do), the position is saved and restored;
       otherwise a resumed run reads and skips.
-    steps: optimizer updates in all.
+    steps: batches in all, and optimizer updates, but for those skipped.
     evaluate_on: a finite iterable of batches, evaluated whenever saving.
     terms: the objective; default `hinton(alpha=0.1, temperature=4.0)`, or
       cross-entropy alone without a teacher.
@@ -128,16 +135,27 @@ def distill(
     save_every: updates between evaluations and checkpoints.
     keep_last, keep_best: checkpoints kept: the newest, and those with the
       lowest `eval/nll`.
+    on_nan: what becomes of an update whose loss or gradient is not finite:
+      "stop" ends the run; "skip" leaves the state as it was, on the device,
+      and goes on to the next batch (`health`).
+    profile: steps to trace into `<folder>/profile`; 0 traces none.
+    hang_minutes: end the process when no step has ended for so long
+      (`watchdog`); 0 never ends it.
     name: shown in the terminal.
     quiet: show nothing there.
 
   Raises:
     UserError: for mistakes found before the first update.
-    DivergedError: when a loss or gradient is not finite, naming the update.
+    DivergedError: when a loss or gradient is not finite, naming the step; of
+      skipped updates, when there are too many in a row.
   """
+  clock = Clock()
+  health.check_settings(on_nan, profile, hang_minutes)
   mesh = mesh or parallel.make_mesh()
   layout = layout or fused.over(mesh)
   optimizer = optimizer or optax.adamw(1e-3)
+  if on_nan == "skip":
+    optimizer = health.guarded(optimizer)
   if steps < 1 or save_every < 1:
     raise errors.UserError(
       f"got steps={steps}, save_every={save_every}: both must be at least 1"
@@ -203,7 +221,7 @@ def distill(
   tell = functools.partial(print, file=sys.stderr)
   facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
   with contextlib.ExitStack() as stack:
-    saver, position = None, None
+    saver, position, start = None, None, 0
     if folder is not None:
       saver = checkpoint.Checkpointer(
         Path(folder) / "checkpoints",
@@ -212,19 +230,22 @@ def distill(
         metric="eval/nll" if evaluate_on is not None else None,
       )
       stack.callback(saver.close)
-      state, position = _restore(saver, state, facts, name, tell)
-    start = int(state.step)
+      with clock.at("restoring"):
+        start, state, position = _restore(saver, state, facts, name, tell)
     feed.go_to(position, start)
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
+    note = lambda text: bar.note(f"{name}: {text}")  # noqa: E731
     bar.note(_describe(name, mesh, state, theirs, start, steps))
     if show_sharding:
       lies = {"student": state, "teacher": frozen}
       bar.note(f"{name}:\n{parallel.table(lies)}")
     elif whole_ones := parallel.unsplit((state, frozen)):
-      bar.note(f"{name}: {whole_ones}")
+      note(whole_ones)
+    tracing = Profile(folder, profile, start=start, steps=steps, note=note)
+    stack.callback(tracing.close)
+    rows, of_step = parallel.put_batch(feed.first, mesh), None
     if start < steps:
-      rows = parallel.put_batch(feed.first, mesh)
       head = functools.partial(
         memory_plan.head_bytes,
         student,
@@ -236,8 +257,12 @@ def distill(
         microbatches=microbatches,
         layout=layout,
       )
-      plan = memory_plan.plan(step_fn, state, frozen, rows)
-      bar.note(f"{name}: {_memory(plan, head, settings or {})}")
+      with clock.at("compilation"):
+        plan = memory_plan.plan(step_fn, state, frozen, rows)
+        note(_memory(plan, head, settings or {}))
+        if flops.peak(mesh.devices.flat[0].device_kind):
+          variables = whole, state.stats
+          of_step = flops.of_step(student, teacher, variables, theirs, rows)
     write = None
     if folder is not None:
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
@@ -251,23 +276,27 @@ def distill(
         teacher_of,
         student_of,
       )
-    pending, last = None, {}
-    for step in range(start + 1, steps + 1):
-      batch = parallel.put_batch(next(feed), mesh)
-      state, measured = step_fn(state, frozen, batch)
-      # The device computes this step while the host reads the one before.
-      if pending is not None:
-        last = _report(*pending, write, bar)
-      pending = step, measured
-      if step % save_every == 0 or step == steps:
-        # Saved only once the step's own metrics were seen to be finite.
-        last, pending = _report(*pending, write, bar), None
-        if test is not None:
-          last |= _report(step, test(state), write, bar)
-        if saver is not None:
-          saver.save(
-            step, state, position=feed.position, facts=facts, metrics=last
-          )
+    account = Goodput(clock, folder)
+    meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
+    stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
+    with clock.at("steps"):
+      state, last = stepping.run(
+        state,
+        step_fn,
+        frozen,
+        lambda: parallel.put_batch(next(feed), mesh),
+        start=start,
+        report=stepping.Report(name, steps, bar, write, clock, meter, on_nan),
+        profile=tracing,
+        save_every=save_every,
+        evaluate=test,
+        save=saver and _save(saver, feed, facts, account),
+      )
+      if saver is not None:
+        with clock.at("saving"):
+          saver.wait()
+    if start < steps:
+      note(account.write())
     if not last and test is not None:
       last = test(state)
   return Distilled(state, last)
@@ -291,37 +320,39 @@ def _restore(
   facts: dict[str, Any],
   name: str,
   tell: Callable[[str], None],
-) -> tuple[TrainState, Any]:
-  """The newest sound checkpoint's state and input position, or `state`."""
+) -> tuple[int, TrainState, Any]:
+  """Step, state and input position of the newest sound checkpoint.
+
+  The step counts batches. The state's own counts updates, and skipped batches
+  made none.
+  """
   restored = saver.restore(state, note=tell)
   if restored is None:
-    return state, None
+    return 0, state, None
   if restored.facts["teacher"] != facts["teacher"]:
     raise errors.UserError(
       f"{name}: the checkpoint was trained with another teacher (fingerprint "
       f"{restored.facts['teacher']}, now {facts['teacher']}): use the same "
       "teacher, or another workdir"
     )
-  return restored.state, restored.position
+  return restored.step, restored.state, restored.position
 
 
-def _report(
-  step: int, measured: Any, write: Writer | None, bar: Progress
-) -> dict[str, float]:
-  """Fetches, checks, writes and shows the metrics of a step."""
-  values = {k: float(v) for k, v in jax.device_get(measured).items()}
-  for name in ("loss/total", "grad_norm", "eval/nll"):
-    if not math.isfinite(values.get(name, 0.0)):
-      bad = [k for k, v in values.items() if not math.isfinite(v)]
-      raise DivergedError(
-        f"{', '.join(bad)} not finite at step {step}: lower the learning rate "
-        "or clip gradients; checkpoints before it are kept"
-      )
-  if write is not None:
-    write(step, values)
-  if "loss/total" in values:
-    bar.update(step, values["loss/total"])
-  return values
+def _save(
+  saver: checkpoint.Checkpointer,
+  feed: Feed,
+  facts: dict[str, Any],
+  account: Goodput,
+) -> Callable[[int, TrainState, dict[str, float]], None]:
+  """Keeps a state, where the input stands, and the time it all took."""
+
+  def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    saver.save(
+      step, state, position=feed.position, facts=facts, metrics=metrics
+    )
+    account.write()
+
+  return save
 
 
 def _memory(

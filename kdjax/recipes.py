@@ -217,5 +217,8 @@ def _base(smoke: bool) -> Config:
       show_sharding=False,
       keep_last=2,
       keep_best=1,
+      on_nan="stop",
+      profile=0,
+      hang_minutes=0.0,
     )
   )

@@ -9,7 +9,8 @@
   --help                this text
 
 Killed and started again, the same line goes on where it was. Exit codes: 0
-done, 2 a mistake that the message explains.
+done, 2 a mistake that the message explains, 76 no step for
+--config.hang_minutes.
 """
 
 import json
@@ -28,6 +29,20 @@ from ml_collections import config_flags
 import kdjax.config as configuration
 from kdjax import errors, metrics, report
 from kdjax.experiment import experiment, run
+
+# Keys that change nothing of what a run has made so far: more seeds have
+# folders of their own, and a state may lie on other devices than it did.
+_FREE = {
+  "seeds",
+  "profile",
+  "hang_minutes",
+  "show_sharding",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.model",
+  "teacher.partition",
+  "student.partition",
+}
 
 
 def train(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -53,12 +68,11 @@ def _claim(workdir: Path, config: Any) -> None:
   path = workdir / "config.json"
   if path.exists():
     theirs = json.loads(path.read_text())
-    # More seeds may be added to what is there: each has a folder of its own.
     new, old = configuration.flat(ours), configuration.flat(theirs)
     differing = [
       key
       for key in sorted({*new, *old})
-      if key != "seeds" and new.get(key) != old.get(key)
+      if key not in _FREE and new.get(key) != old.get(key)
     ]
     if differing:
       raise errors.UserError(

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from kdjax import errors, parallel, pins, term_inputs, totals
+from kdjax import errors, health, parallel, pins, term_inputs, totals
 from kdjax.losses.fused import Layout
 from kdjax.objective import Objective, Term
 from kdjax.types import (
@@ -171,7 +171,9 @@ def make_train_step(
   Args:
     student, teacher: networks; the teacher may be None if no term needs it.
     terms: the objective.
-    optimizer: over `{"student": params, "terms": term_params}`.
+    optimizer: over `{"student": params, "terms": term_params}`. A state begun
+      with `health.guarded(optimizer)`, or another `optax.apply_if_finite`, is
+      left whole by an update that is not finite (`health.keep_if_bad`).
     microbatches: parts that the batch is taken in, one after another.
     transform: `(batch, key) -> batch`, for mixup: once, for both networks.
     teacher_of: which variables the teacher has; a self-teacher reads the state.
@@ -278,9 +280,13 @@ def make_train_step(
     gradients = jax.tree.map(
       lambda *g: functools.reduce(jnp.add, g), *by_group.values()
     )
+    guarded = health.is_guarded(state.opt_state)
+    followed = gradients
+    if guarded:
+      followed = health.spoil_unless_finite(gradients, jnp.asarray(total))
     extra = {"by_group": by_group} if gradients_by_group else {}
     updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.trained, **extra
+      followed, state.opt_state, state.trained, **extra
     )
     trained: Any = optax.apply_updates(state.trained, updates)
     new_state = state.replace(
@@ -294,6 +300,9 @@ def make_train_step(
     measured = totals.metrics(goal, sums, state.step)
     measured["loss/total"] = jnp.asarray(total)
     measured["grad_norm"] = optax.tree.norm(gradients)
+    if guarded:
+      new_state, told = health.keep_if_bad(state, new_state)
+      measured |= told
     return new_state, measured
 
   return train_step

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdjax import errors
+from kdjax import errors, health
 from kdjax.config.values import plain
 from kdjax.parallel import AXES
 
@@ -54,6 +54,9 @@ _EVERY_TASK: dict[str, Any] = {
   "save_every": int,
   "keep_last": int,
   "keep_best": int,
+  "on_nan": str,
+  "profile": int,
+  "hang_minutes": float,
 }
 KEYS: dict[str, dict[str, Any]] = {
   "image": {
@@ -129,6 +132,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
       f"config.task is missing: add it to the config, one of {', '.join(KEYS)}"
     )
   _check(config, errors.choose("task", config["task"], KEYS))
+  errors.choose("on_nan", config["on_nan"], health.ON_NAN)
 
 
 def _check(

@@ -167,5 +167,8 @@ def of_distill(
     save_every=config.save_every,
     keep_last=config.keep_last,
     keep_best=config.keep_best,
+    on_nan=config.on_nan,
+    profile=config.profile,
+    hang_minutes=config.hang_minutes,
     name=f"{phase} (seed {seed})",
   )

@@ -132,6 +132,10 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
 def put_batch(batch: Any, mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a batch -> the global batch, split over the mesh."""
   sharding = batch_sharding(mesh)
+  if jax.process_count() == 1:
+    # One call for all arrays: half of the host's time.
+    whole = {name: np.asarray(rows) for name, rows in batch.items()}
+    return jax.device_put(whole, sharding)
   return {
     name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
     for name, rows in batch.items()

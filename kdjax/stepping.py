@@ -1,0 +1,131 @@
+"""The steps of a run: one dispatched, the one before reported, and so on."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from kdjax import health
+from kdjax.clock import Clock
+from kdjax.metrics import Progress, Writer
+from kdjax.perf import EVERY, Meter
+from kdjax.profiling import Profile
+from kdjax.train_step import TrainStep
+from kdjax.types import Batch, TrainState
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass
+class Report:
+  """Fetches, checks, writes and shows what a step measured.
+
+  Attributes:
+    name: of the run, before its notes.
+    steps: of the run in all.
+    bar: shows progress and notes.
+    write: keeps the metrics; None keeps none.
+    clock: is told that a step has ended.
+    meter: how fast the steps were, added to what is written now and then.
+    on_nan: one of `health.ON_NAN`.
+    spikes: watches the loss.
+  """
+
+  name: str
+  steps: int
+  bar: Progress
+  write: Writer | None
+  clock: Clock
+  meter: Meter
+  on_nan: str = "stop"
+  spikes: health.Spikes = dataclasses.field(default_factory=health.Spikes)
+
+  def update(self, step: int, measured: Mapping[str, Any]) -> Metrics:
+    """Of a training step; waits until the device has made it.
+
+    Raises:
+      DivergedError: see `health.judge`.
+    """
+    values = fetch(measured)
+    self.clock.tick()
+    self._keep(step, values, self._figures(step))
+    loss = values["loss/total"]
+    if leap := self.spikes(step, loss):
+      self.bar.note(f"{self.name}: {leap}")
+    self.bar.update(step, loss)
+    return values
+
+  def evaluation(self, step: int, measured: Mapping[str, Any]) -> Metrics:
+    """Of held-out data."""
+    values = fetch(measured)
+    self._keep(step, values, {})
+    return values
+
+  def _keep(self, step: int, values: Metrics, figures: Metrics) -> None:
+    if skipped := health.judge(step, values, self.on_nan):
+      self.bar.note(f"{self.name}: {skipped}")
+    if self.write is not None:
+      self.write(step, values | figures)
+
+  def _figures(self, step: int) -> Metrics:
+    if step % EVERY and step != self.steps:
+      return {}
+    return self.meter.read()
+
+
+def run(
+  state: TrainState,
+  step_fn: TrainStep,
+  frozen: PyTree,
+  next_batch: Callable[[], Batch],
+  *,
+  start: int,
+  report: Report,
+  profile: Profile,
+  save_every: int,
+  evaluate: Callable[[TrainState], Metrics] | None = None,
+  save: Callable[[int, TrainState, Metrics], None] | None = None,
+) -> tuple[TrainState, Metrics]:
+  """Steps `start` + 1 to the last; returns the state and the last metrics.
+
+  A step takes the next batch, whether or not the step before was skipped.
+
+  Args:
+    state, step_fn, frozen: of `jit_step`, with what it takes.
+    next_batch: the batch of step `start` + 1, then the one after it, and so on;
+      on the mesh.
+    report: gets every step's metrics.
+    profile: traces some of them.
+    save_every: steps between evaluations and saves; the last has both.
+    evaluate: what a state comes to on held-out data.
+    save: keeps a state, with the metrics of its step.
+  """
+  clock = report.clock
+  pending, last = None, {}
+  for step in range(start + 1, report.steps + 1):
+    profile.before(step)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      with clock.at("input"):
+        batch = next_batch()
+      state, measured = step_fn(state, frozen, batch)
+      # The device computes this step while the host reads the one before.
+      if pending is not None:
+        last = report.update(*pending)
+    pending = step, measured
+    profile.after(step, measured)
+    if step % save_every == 0 or step == report.steps:
+      # Saved only once the step's own metrics were seen to be finite.
+      last, pending = report.update(*pending), None
+      if evaluate is not None:
+        with clock.at("evaluation"):
+          last |= report.evaluation(step, evaluate(state))
+      if save is not None:
+        with clock.at("saving"):
+          save(step, state, last)
+  return state, last
+
+
+def fetch(measured: Mapping[str, Any]) -> Metrics:
+  return {k: float(v) for k, v in jax.device_get(measured).items()}
