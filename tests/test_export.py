@@ -28,9 +28,6 @@ from kdjax import (
 from kdjax.export import serving
 from kdjax.types import TrainState
 
-# On one worker, as these share a finished run.
-pytestmark = pytest.mark.xdist_group("export")
-
 ROOT = Path(__file__).parents[1]
 DIGITS = {"mean": 0.3, "std": 0.35}
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)

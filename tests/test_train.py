@@ -11,9 +11,6 @@ import tfds_folder
 
 from kdjax import adapters, checkpoint, errors, models, parallel, train
 
-# On one worker, as these share a finished run.
-pytestmark = pytest.mark.xdist_group("train")
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

@@ -16,9 +16,6 @@ from kdjax.models.decoder import architecture
 from kdjax.models.decoder.parameters import init
 from kdjax.pretrained import decoders
 
-# On one worker, as these share a finished run.
-pytestmark = pytest.mark.xdist_group("text")
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = ("teacher", "student_alone", "student_distilled")
 
