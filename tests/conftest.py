@@ -1,5 +1,6 @@
 """Eight CPU devices; each program is compiled once for the whole run."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -29,4 +30,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 
+# Traces are many small objects: to look for cycles among all of them again and
+# again, as Python does after 700 new ones, takes a quarter of a trace's time.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
