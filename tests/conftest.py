@@ -1,15 +1,23 @@
 """Eight CPU devices; each program is compiled once for the whole run."""
 
+import gc
+import importlib.metadata
 import os
 import tempfile
 
 # Tests compile much and compute little: LLVM's optimiser would take most of the
-# time. What ships is compiled with it; `.ci/run` runs the main job so.
+# time, and so does the newer emitter. What ships is compiled with both;
+# `.ci/run` runs the main job so. The caller's flags win: the last one counts.
 os.environ["XLA_FLAGS"] = " ".join(
   [
-    os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Later versions know no older emitter, and end at an unknown flag.
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else "",
+    os.environ.get("XLA_FLAGS", ""),
   ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,4 +30,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
 
+# Traces are many small objects: to look for cycles among all of them again and
+# again, as Python does after 700 new ones, takes a quarter of a trace's time.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -73,32 +73,40 @@ def made(num_examples=0, **entries):
 
 
 def initial(term):
-  return term_inputs.init_term(term, jax.random.key(0), STUDENT, TEACHER, ROWS)
+  def init(key):
+    return term_inputs.init_term(term, key, STUDENT, TEACHER, ROWS)
+
+  return jax.jit(init)(jax.random.key(0))
 
 
 def loss(term, step=0):
   """`loss/<name>` and its share of the total, by the step's own way."""
-  divide_by = totals.denominators([term], ROWS)
-  if term.reads_logits:
-    args = [term], STUDENT.logits, TEACHER.logits, ROWS, divide_by
-    shares, sums = totals.logit_terms(*args, jnp.int32(step))
-  else:
-    variables = ({}, {})
-    if term.init is not None:
-      variables = initial(term)
-    shares, sums, _ = totals.other_terms(
-      [term],
-      STUDENT,
-      TEACHER,
-      ROWS,
-      divide_by,
-      jnp.int32(step),
-      {term.name: variables[0]},
-      {term.name: variables[1]},
-      jax.random.key(1),
-    )
-  value, weight = sums[term.name]
-  return value / weight, shares[term.group]
+
+  @jax.jit
+  def run(student, teacher, rows, step):
+    divide_by = totals.denominators([term], rows)
+    if term.reads_logits:
+      args = [term], student.logits, teacher.logits, rows, divide_by
+      shares, sums = totals.logit_terms(*args, step)
+    else:
+      variables = ({}, {})
+      if term.init is not None:
+        variables = initial(term)
+      shares, sums, _ = totals.other_terms(
+        [term],
+        student,
+        teacher,
+        rows,
+        divide_by,
+        step,
+        {term.name: variables[0]},
+        {term.name: variables[1]},
+        jax.random.key(1),
+      )
+    value, weight = sums[term.name]
+    return value / weight, shares[term.group]
+
+  return run(STUDENT, TEACHER, ROWS, step)
 
 
 def hint(student, teacher, **more):

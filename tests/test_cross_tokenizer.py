@@ -41,7 +41,8 @@ THEIRS = wrap("bpe", corpus.train_bpe(iter(TEXTS * 2), 290))
 STUDENT, TEACHER = network(260), network(290)
 READER = adapters.reading(TEACHER, "teacher_")
 # Some chance for every token, and far from the same.
-FROZEN = jax.tree.map(lambda x: 4 * x, TEACHER.init(jax.random.key(1), {}))
+FROZEN = jax.jit(TEACHER.init)(jax.random.key(1), {})
+FROZEN = jax.tree.map(lambda x: 4 * np.asarray(x), FROZEN)
 ALM = hinton(alpha=0.25, temperature=TAU, soft=losses.likelihood_matching)
 ULD = hinton(alpha=0.25, temperature=2.0, soft=losses.universal_logits)
 ADAM = optax.adam(1e-2)
@@ -71,23 +72,36 @@ GOALS = {"alm": ALM, "uld": ULD}
 STEPS = {name: step_of(goal) for name, goal in GOALS.items()}
 
 
-def start(goal, batch):
-  key = jax.random.key(0)
-  return init_state(STUDENT, READER, goal, ADAM, key, batch, frozen=FROZEN)
+# No term here has variables: the state is that of every goal.
+BEGIN = jax.jit(functools.partial(init_state, STUDENT, READER, ALM, ADAM))
+
+
+def start(batch):
+  return BEGIN(jax.random.key(0), batch, frozen=FROZEN)
 
 
 def measured(name, batch):
-  return STEPS[name](start(GOALS[name], batch), FROZEN, batch)[1]
+  return STEPS[name](start(batch), FROZEN, batch)[1]
+
+
+@functools.cache
+def log_softmax_of(model):
+  @jax.jit
+  def run(variables, tokens):
+    output, _ = model.apply(*variables, {"tokens": tokens}, train=False)
+    return jax.nn.log_softmax(output.logits)
+
+  return run
 
 
 def predicted(model, variables, tokenizer, sample):
   """log softmax at each token but the first, and the ends of their bytes."""
   (encoded,) = tokenizer.encode([sample])
   ids = [*tokenizer.prefix, *encoded.ids.tolist(), tokenizer.eos]
-  logits = jax.jit(functools.partial(model.apply, train=False))(
-    *variables, {"tokens": jnp.asarray([ids])}
-  )[0].logits
-  log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)
+  # No token sees what comes after it: all texts may have one length.
+  tokens = np.array([ids + [0] * (24 - len(ids))])
+  log_p = log_softmax_of(model)(variables, tokens)[0]
+  log_p = np.float64(log_p)[: len(ids)]
   # What ends a text comes after its last byte.
   ends = [*encoded.ends.tolist(), encoded.ends.max() + 1]
   # The logits at the token before, and the token that they predict.
@@ -112,7 +126,7 @@ def spans(student_variables):
 
 def test_the_loss_is_that_of_the_texts(batch):
   """From the texts and the networks alone: a shift anywhere would show."""
-  variables = start(ALM, batch).params, {}
+  variables = start(batch).params, {}
   alm, uld = [], []
   of_text = list(spans(variables))
   for sides in of_text:
@@ -138,7 +152,7 @@ def test_the_loss_is_that_of_the_texts(batch):
 
 
 def test_the_hard_loss_counts_the_students_tokens(batch):
-  variables = start(ALM, batch).params, {}
+  variables = start(batch).params, {}
   nll = []
   for sample in TEXTS:
     log_p, label, _ = predicted(STUDENT, variables, OURS, sample)
@@ -149,7 +163,7 @@ def test_the_hard_loss_counts_the_students_tokens(batch):
 
 @pytest.mark.parametrize("name", GOALS)
 def test_a_student_learns_from_a_teacher_of_another_tokenizer(name, batch):
-  state, seen = start(GOALS[name], batch), []
+  state, seen = start(batch), []
   for _ in range(12):
     state, metrics = STEPS[name](state, FROZEN, batch)
     seen.append(float(metrics["loss/soft"]))
@@ -172,7 +186,7 @@ def test_a_config_names_the_losses(batch):
   assert [t.group for t in got.terms] == ["hard", "soft"]
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-6),
-    step_of(got)(start(got, batch), FROZEN, batch)[1],
+    step_of(got)(start(batch), FROZEN, batch)[1],
     want,
   )
   named = config.goal(
@@ -182,7 +196,7 @@ def test_a_config_names_the_losses(batch):
       terms=dict(uld=dict(name="universal_logits", weight=2.0, temperature=2)),
     )
   )
-  values = jax.eval_shape(step_of(named), start(named, batch), FROZEN, batch)
+  values = jax.eval_shape(step_of(named), start(batch), FROZEN, batch)
   assert {"loss/soft", "loss/uld"} <= set(values[1])
   for wrong, says in (
     (dict(divergence="dkd"), "unknown divergence of soft 'dkd'"),
@@ -237,13 +251,13 @@ def test_a_teacher_reads_its_own_arrays_alone(batch):
 def test_what_the_losses_lack_is_named(batch):
   fewer = {k: v for k, v in batch.items() if k != "teacher_span"}
   with pytest.raises(UserError, match=r"'soft' reads batch\['teacher_span'\]"):
-    jax.eval_shape(STEPS["alm"], start(ALM, batch), FROZEN, fewer)
+    jax.eval_shape(STEPS["alm"], start(batch), FROZEN, fewer)
   fewer = {k: v for k, v in batch.items() if k != "span_mask"}
   with pytest.raises(UserError, match=r"batch\['span_mask'\].*pair_batches"):
-    jax.eval_shape(STEPS["alm"], start(ALM, batch), FROZEN, fewer)
+    jax.eval_shape(STEPS["alm"], start(batch), FROZEN, fewer)
   linear = make_train_step(network(260, "linear"), READER, ALM, ADAM)
   with pytest.raises(UserError, match=r"'soft' reads many .*head=.dense"):
-    jax.eval_shape(linear, start(ALM, batch), FROZEN, batch)
+    jax.eval_shape(linear, start(batch), FROZEN, batch)
 
 
 def test_a_term_on_the_logits_by_name_is_not_comparable_either():

@@ -39,8 +39,8 @@ def network(depth, width, heads):
 
 
 STUDENT, TEACHER = network(2, 8, 2), network(4, 24, 4)
-FROZEN = TEACHER.init(jax.random.key(1), BATCH)
-FROZEN = jax.tree.map(lambda x: 6 * x, FROZEN)
+FROZEN = jax.jit(TEACHER.init)(jax.random.key(1), BATCH)
+FROZEN = jax.tree.map(lambda x: 6 * np.asarray(x), FROZEN)
 BLOCKS = dict(student="block_*", teacher="block_*", map="evenly", weight=1.0)
 SETTINGS = dict(
   alpha=0.5,
@@ -123,7 +123,8 @@ def taps(model, variables, *names):
 
 def test_terms_are_those_of_the_tokens_that_count():
   start, seen = trained(1, 8)
-  variables = STUDENT.init(jax.random.split(jax.random.key(0), 3)[0], BATCH)
+  key = jax.random.split(jax.random.key(0), 3)[0]
+  variables = jax.jit(STUDENT.init)(key, BATCH)
   keep = BATCH["mask"] > 0
   ours, q = taps(STUDENT, variables, "block_1", "attention_2")
   theirs, p = taps(TEACHER, FROZEN, "block_2", "attention_4")

@@ -1,5 +1,6 @@
 """Metrics against their definitions in float64, padding and batching aside."""
 
+import jax
 import jax.numpy as jnp
 import networks
 import numpy as np
@@ -36,7 +37,9 @@ def expected(s, t, label):
 
 
 def test_metrics_are_their_definitions():
-  got = finish(sums(jnp.float32(S), LABEL, jnp.ones(40), jnp.float32(T)))
+  got = finish(
+    jax.jit(sums)(jnp.float32(S), LABEL, jnp.ones(40), jnp.float32(T))
+  )
   want = expected(S, T, LABEL)
   assert set(got) == set(want)
   for name, value in want.items():
@@ -45,7 +48,7 @@ def test_metrics_are_their_definitions():
 
 def test_full_confidence_falls_into_the_last_bin():
   logits = jnp.array([[200.0, 0.0], [200.0, 0.0]])
-  got = finish(sums(logits, jnp.array([0, 1]), jnp.ones(2)))
+  got = finish(jax.jit(sums)(logits, jnp.array([0, 1]), jnp.ones(2)))
   np.testing.assert_allclose(got["ece"], 0.5)
 
 
@@ -55,7 +58,7 @@ def test_padding_changes_nothing_even_when_it_is_nan():
   s = np.concatenate([S, np.full((3, 5), np.nan)])
   t = np.concatenate([T, np.full((3, 5), np.nan)])
   label = np.concatenate([LABEL, [-1, 9, 0]])
-  got = finish(sums(jnp.float32(s), label, mask, jnp.float32(t)))
+  got = finish(jax.jit(sums)(jnp.float32(s), label, mask, jnp.float32(t)))
   for name, value in expected(S, T, LABEL).items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
 

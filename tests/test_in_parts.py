@@ -30,7 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, 23, (8, 5))
 def test_outputs_and_taps_are_those_of_the_whole_batch(head, devices):
   model = decoder(LLAMA, head=head)
   batch = parallel.put_batch({"tokens": TOKENS}, parallel.make_mesh(devices))
-  variables = model.init(jax.random.key(0), batch)
+  variables = jax.jit(model.init)(jax.random.key(0), batch)
 
   def outputs(model):
     apply = functools.partial(model.apply, train=False, taps=("block_1",))
@@ -62,15 +62,17 @@ def test_training_is_left_alone_and_one_part_is_the_network():
   model = networks.nnx_net(norm=True)
   assert in_parts(model, 1) is model
   batch = networks.batch(8)
-  variables = model.init(jax.random.key(0), batch)
-  want = model.apply(*variables, batch, train=True)
-  got = in_parts(model, 2).apply(*variables, batch, train=True)
+  variables = jax.jit(model.init)(jax.random.key(0), batch)
+  want, got = (
+    jax.jit(functools.partial(m.apply, train=True))(*variables, batch)
+    for m in (model, in_parts(model, 2))
+  )
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_a_batch_that_the_parts_do_not_divide_is_refused():
   model = networks.bare()
   batch = networks.batch(10)
-  variables = model.init(jax.random.key(0), batch)
+  variables = jax.jit(model.init)(jax.random.key(0), batch)
   with pytest.raises(UserError, match="10 rows, which 4 parts"):
     in_parts(model, 4).apply(*variables, batch, train=False)

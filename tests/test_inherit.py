@@ -1,6 +1,7 @@
 """Students cut out of a teacher: what must not change does not."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -149,7 +150,9 @@ def test_a_dropped_layer_is_passed_by(name):
   """Windows, rotations and GPT-2's factor are those of the layers kept."""
   stored = golden(name)
   made, params = inherit(stored.net, stored.params, layers=[2, 3])
-  by_hand = one_by_one(stored.net, stored.params, stored.tokens, [1, 2])
+  by_hand = jax.jit(functools.partial(one_by_one, stored.net, numbers=[1, 2]))(
+    stored.params, stored.tokens
+  )
   found = logits(made, params, stored.tokens)
   assert_close(found, by_hand, relative=1e-5)
   assert np.abs(found - stored.logits).max() > 0.01 * np.abs(found).max()
@@ -265,7 +268,8 @@ def measured(net, params, tokens, segments):
   """The means of the docstring, in NumPy from the network's own taps."""
   names = [f"{k}_{n}" for k in ("attention", "values", "block") for n in (1, 2)]
   batch = {"tokens": tokens, "segment_ids": segments}
-  _, taps = hidden(net, params, batch, taps=("embed", *names))
+  run = jax.jit(functools.partial(hidden, net, taps=("embed", *names)))
+  _, taps = run(params, batch)
   taps = {k: np.float64(x) for k, x in taps.items()}
   w = jax.tree.map(np.float64, params["layers"])
   counts = segments != 0

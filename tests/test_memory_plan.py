@@ -29,9 +29,8 @@ def placed(devices):
   """A step that has not been called, and its arguments."""
   mesh = parallel.make_mesh(devices)
   student, tx = networks.bare(), optax.adam(1e-2)
-  state = init_state(
-    student, TEACHER, GOAL, tx, jax.random.key(0), BATCH, frozen=FROZEN
-  )
+  init = functools.partial(init_state, student, TEACHER, GOAL, tx)
+  state = jax.jit(init)(jax.random.key(0), BATCH, frozen=FROZEN)
   step = jit_step(make_train_step(student, TEACHER, GOAL, tx), mesh)
   state, frozen = parallel.put((state, FROZEN), mesh)
   return step, state, frozen, parallel.put_batch(BATCH, mesh)
@@ -103,9 +102,10 @@ def plain_sum(student):
 def of_head(linear, devices=1, classes=64, **given):
   net = with_head(linear, classes)
   mesh = parallel.make_mesh(devices)
-  state = init_state(
-    net, None, GOAL.terms[:1], optax.sgd(0.1), jax.random.key(0), BATCH
+  init = functools.partial(
+    init_state, net, None, GOAL.terms[:1], optax.sgd(0.1)
   )
+  state = jax.jit(init)(jax.random.key(0), BATCH)
   rows = parallel.put_batch(BATCH, mesh)
   frozen = state.params, state.stats
   return head_bytes(net, net, GOAL, state, frozen, rows, **given)

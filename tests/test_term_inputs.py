@@ -150,7 +150,7 @@ def test_masked_tokens_move_nothing_even_when_they_are_nan(name):
     where = KEEP[:, None, :, None] if x.ndim == 4 else KEEP[..., None]
     return np.where(where, x, np.nan)
 
-  run = jax.value_and_grad(functools.partial(total, TERMS[name]))
+  run = jax.jit(jax.value_and_grad(functools.partial(total, TERMS[name])))
   want, gradient = run(STUDENT, TEACHER)
   got, spoilt = run(*jax.tree.map(spoil, (STUDENT, TEACHER)))
   np.testing.assert_array_equal(got, want)
@@ -167,16 +167,21 @@ def test_groups_of_a_coupled_loss_may_be_the_rows_of_the_batch():
   want = []
   for b in range(B):
     rows = [x.taps["hidden"][b, KEEP[b]] for x in (STUDENT, TEACHER)]
-    want.extend(np.asarray(losses.similarity_preserving(*rows)).tolist())
+    values = jax.jit(losses.similarity_preserving)(*rows)
+    want.extend(np.asarray(values).tolist())
   np.testing.assert_allclose(total(term), np.mean(want), rtol=1e-5)
 
 
 def test_labels_come_with_their_tokens():
   plain = Term("t", losses.dkd, temperature=2.0)
-  divide_by = totals.denominators([plain], BATCH)
-  want, _ = totals.logit_terms(
-    [plain], STUDENT.logits, TEACHER.logits, BATCH, divide_by, jnp.int32(0)
-  )
+
+  @jax.jit
+  def share(student, teacher, batch):
+    divide_by = totals.denominators([plain], batch)
+    given = [plain], student, teacher, batch, divide_by, jnp.int32(0)
+    return totals.logit_terms(*given)[0]
+
+  want = share(STUDENT.logits, TEACHER.logits, BATCH)
   named = dataclasses.replace(plain, taps=("logits", "logits"))
   np.testing.assert_allclose(total(named), want["extra"], rtol=1e-6)
 
@@ -232,18 +237,13 @@ MINILM = Term(
 
 
 def test_relations_get_whole_rows_with_their_documents():
-  values = losses.self_relations(
-    *(tuple(x.taps[k] for k in KINDS) for x in (STUDENT, WIDE)),
-    BATCH["segment_ids"],
-    num_relation_heads=2,
-  )
+  run = jax.jit(functools.partial(losses.self_relations, num_relation_heads=2))
+  both = [tuple(x.taps[k] for k in KINDS) for x in (STUDENT, WIDE)]
+  values = run(*both, BATCH["segment_ids"])
   want = np.mean(np.float64(values)[KEEP])
   np.testing.assert_allclose(total(MINILM, teacher=WIDE), want, rtol=1e-5)
   fewer = {k: v for k, v in BATCH.items() if k != "segment_ids"}
-  values = losses.self_relations(
-    *(tuple(x.taps[k] for k in KINDS) for x in (STUDENT, WIDE)),
-    num_relation_heads=2,
-  )
+  values = np.asarray(run(*both))
   got = total(MINILM, teacher=WIDE, batch=fewer)
   np.testing.assert_allclose(got, np.mean(values[KEEP]), rtol=1e-5)
 

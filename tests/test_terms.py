@@ -69,7 +69,15 @@ def spec(tree):
 
 
 def initial(term, pair, key=KEY):
-  return term_inputs.init_term(term, key, *spec(pair), {"mask": np.ones(B)})
+  def init(key):
+    return term_inputs.init_term(term, key, *spec(pair), {"mask": np.ones(B)})
+
+  return jax.device_get(jax.jit(init)(key))
+
+
+@functools.cache
+def begun(name):
+  return initial(*CASES[name])
 
 
 @functools.cache
@@ -91,16 +99,15 @@ def compiled(name):
 
   def call(params, state, pair, mask=None, key=KEY):
     mask = np.ones(len(pair[0].taps["pooled"])) if mask is None else mask
-    (value, state), gradients = run(params, *pair, state, mask, key)
+    found = run(params, *pair, state, mask, key)
+    (value, state), gradients = jax.device_get(found)
     return value, gradients, state
 
   return call
 
 
 def evaluated(name, pair=None, **kwargs):
-  term, default = CASES[name]
-  variables = initial(term, default)
-  return compiled(name)(*variables, pair or default, **kwargs)
+  return compiled(name)(*begun(name), pair or CASES[name][1], **kwargs)
 
 
 def read(term, pair, side):
@@ -224,9 +231,8 @@ def test_masked_generative_is_its_equation(ratio):
   term = terms.masked_generative("t", taps, weight=1.0, mask_ratio=ratio)
   (student,), (teacher,) = (read(term, BRIDGED, side) for side in (0, 1))
   params, state = initial(term, BRIDGED)
-  values, _ = term.loss(
-    params, state, student, teacher, {}, KEY, mask_ratio=ratio
-  )
+  loss = jax.jit(functools.partial(term.loss, mask_ratio=ratio))
+  values, _ = loss(params, state, student, teacher, {}, KEY)
   hidden = numpy_conv((1 - ratio) * student, params["first"])
   made = numpy_conv(np.maximum(hidden, 0), params["last"])
   want = np.mean((made - teacher) ** 2, axis=(1, 2, 3))
@@ -284,7 +290,7 @@ def test_simple_is_its_equation(name):
   (student,), (teacher,) = (
     [np.float64(x) for x in read(term, pair, side)] for side in (0, 1)
   )
-  params, _ = initial(term, pair)
+  params, _ = begun(name)
   projected = numpy_norm(student @ np.float64(params["kernel"]), 1e-4)
   apart = projected - numpy_norm(teacher, 1e-4)
   want = 2 * np.log(np.sum(np.abs(apart) ** 4))
@@ -306,9 +312,8 @@ def test_factor_is_its_equation():
   )
   (student,), (teacher,) = (read(term, BRIDGED, side) for side in (0, 1))
   params, state = initial(term, BRIDGED)
-  values, _ = term.loss(
-    params, state, student, teacher, {"mask": np.ones(B)}, KEY, **term.hparams
-  )
+  loss = jax.jit(functools.partial(term.loss, **term.hparams))
+  values, _ = loss(params, state, student, teacher, {"mask": np.ones(B)}, KEY)
   theirs = numpy_layers(params["paraphraser"], teacher)
   ours = numpy_layers(params["translator"], student)
   assert theirs.shape == ours.shape == (B, 3, 2, 2)
@@ -326,7 +331,7 @@ def test_factor_is_its_equation():
 
 def test_the_two_halves_of_factor_keep_their_gradients_apart():
   term = CASES["factor"][0]
-  params, state = initial(term, UNEQUAL)
+  params, state = begun("factor")
   student, teacher = (read(term, UNEQUAL, side)[0] for side in (0, 1))
 
   @jax.jit
@@ -352,18 +357,23 @@ def test_the_two_halves_of_factor_keep_their_gradients_apart():
 
 def test_review_goes_from_the_deepest_stage_up():
   term, pair = CASES["review"]
-  params, _ = initial(term, pair)
+  params, _ = begun("review")
   student, teacher = (read(term, pair, side) for side in (0, 1))
   where = jnp.ones(B, bool)
-  want, below = 0.0, None
-  for n in (2, 1, 0):
-    size = (1, 1) if n == 2 else teacher[n].shape[1:3]
-    x = student[n].reshape(B, *(student[n].shape[1:3] if n < 2 else (1, 1)), -1)
-    assert ("attention" in params[f"stage_{n}"]) == (n < 2)
-    fused, below = fuse(
-      params[f"stage_{n}"], jnp.asarray(x), below, size, where
-    )
-    want += features.review(fused, teacher[n].reshape(fused.shape)).mean()
+
+  @jax.jit
+  def total(params, student, teacher):
+    want, below = 0.0, None
+    for n in (2, 1, 0):
+      size = (1, 1) if n == 2 else teacher[n].shape[1:3]
+      x = student[n]
+      x = x if n < 2 else x[:, None, None]
+      assert ("attention" in params[f"stage_{n}"]) == (n < 2)
+      fused, below = fuse(params[f"stage_{n}"], x, below, size, where)
+      want += features.review(fused, teacher[n].reshape(fused.shape)).mean()
+    return want
+
+  want = total(params, student, teacher)
   np.testing.assert_allclose(evaluated("review")[0], want, rtol=1e-5)
 
 
@@ -425,11 +435,12 @@ def test_training_lowers_the_loss(name):
     "label": np.zeros(8, np.int32),
     "mask": np.array([1.0] * 7 + [0.0]),
   }
-  frozen = teacher.init(jax.random.key(7), batch)
+  frozen = jax.jit(teacher.init)(jax.random.key(7), batch)
   optimizer = optax.adam(rate)
-  state = kdjax.init_state(
-    student, teacher, [term], optimizer, KEY, batch, frozen=frozen
+  init = functools.partial(
+    kdjax.init_state, student, teacher, [term], optimizer
   )
+  state = jax.jit(init)(KEY, batch, frozen=frozen)
   step = jax.jit(kdjax.make_train_step(student, teacher, [term], optimizer))
   losses = []
   for _ in range(12):

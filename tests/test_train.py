@@ -1,5 +1,7 @@
 """The command line: every config runs, mistakes are one line and code 2."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +12,6 @@ import pytest
 import tfds_folder
 
 from kdjax import adapters, checkpoint, errors, models, parallel, train
-
-# On one worker, as these share a finished run.
-pytestmark = pytest.mark.xdist_group("train")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -66,34 +65,39 @@ def run(config, workdir, data_dir, *more):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data_dir):
-  """The folder of a finished run, which a test may not change."""
+def finished_and_shown(tmp_path_factory, data_dir):
   workdir = tmp_path_factory.mktemp("finished")
-  assert run("digits.py:smoke", workdir, data_dir) == 0
-  return workdir
+  with contextlib.redirect_stdout(io.StringIO()) as shown:
+    assert run("digits.py:smoke", workdir, data_dir) == 0
+  return workdir, shown.getvalue()
 
 
+@pytest.fixture(scope="module")
+def finished(finished_and_shown):
+  """The folder of a finished run, which a test may not change."""
+  return finished_and_shown[0]
+
+
+def test_a_run_ends_with_every_network_and_number(finished_and_shown):
+  check_finished(*finished_and_shown)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "config",
   [
-    "digits.py:smoke",
-    pytest.param(
-      "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      "imagenet/resnet152_to_mobilenet.py:smoke", marks=pytest.mark.slow
-    ),
+    "cifar100/pair.py:resnet32x4-resnet8x4,multi_level,smoke",
+    "cifar100/pair.py:resnet56-resnet20,patient,smoke,dot",
+    "imagenet/resnet152_to_mobilenet.py:smoke",
   ],
 )
 def test_every_config_runs(config, tmp_path, data_dir, capsys):
   assert run(config, tmp_path, data_dir) == 0
-  shown = capsys.readouterr().out
-  results = json.loads((tmp_path / "results.json").read_text())
+  check_finished(tmp_path, capsys.readouterr().out)
+
+
+def check_finished(workdir, shown):
+  results = json.loads((workdir / "results.json").read_text())
   for network in ("teacher", "student_alone", "student_distilled"):
     got = results[network]
     assert set(got) == {
@@ -107,7 +111,7 @@ def test_every_config_runs(config, tmp_path, data_dir, capsys):
     }
     assert all(np.isfinite(v) for v in got.values())
     assert network.replace("_", " ") in shown
-    folder = tmp_path / "seed_0" / network
+    folder = workdir / "seed_0" / network
     assert checkpoint.steps(folder / "checkpoints") == [3]
     assert (folder / "metrics.jsonl").exists()
     assert list((folder / "tensorboard").iterdir())
@@ -115,7 +119,9 @@ def test_every_config_runs(config, tmp_path, data_dir, capsys):
   assert results["teacher"]["kl"] == 0
 
 
-@pytest.mark.parametrize("config", ["cifar100", "imagenet"])
+@pytest.mark.parametrize(
+  "config", ["cifar100", pytest.param("imagenet", marks=pytest.mark.slow)]
+)
 def test_a_teacher_is_trained_alone(config, tmp_path, data_dir, capsys):
   assert run(f"{config}/teacher.py:smoke", tmp_path, data_dir) == 0
   assert "student" not in capsys.readouterr().out

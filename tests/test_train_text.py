@@ -1,5 +1,6 @@
 """Language models from the command line: train, export, and their mistakes."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,9 +17,6 @@ from kdjax.models.decoder import architecture
 from kdjax.models.decoder.parameters import init
 from kdjax.pretrained import decoders
 
-# On one worker, as these share a finished run.
-pytestmark = pytest.mark.xdist_group("text")
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = ("teacher", "student_alone", "student_distilled")
 
@@ -29,6 +27,23 @@ def _one_device():
   mesh = parallel.make_mesh(1)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parallel, "make_mesh", lambda: mesh)
+    yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_held_out_documents():
+  """To evaluate on all of them, six times, takes most of a run's time."""
+  whole = corpus.documents
+
+  def few(split, **more):
+    found = whole(split, **more)
+    if split == "train":
+      return found
+    kept = [found.examples[n] for n in range(3)]
+    return dataclasses.replace(found, examples=kept, fingerprint="few")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(corpus, "documents", few)
     yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from abstract import OneKey
 from flax import nnx
 
 from kdjax import adapters, models
@@ -30,7 +31,8 @@ class Network:
   @functools.cached_property
   def model(self):
     more = {"num_classes": CLASSES, **self.arguments}
-    return adapters.from_nnx(lambda rngs: self.build(**more, rngs=rngs))
+    # No initialiser's value is used, and their trace is long.
+    return adapters.from_nnx(lambda _: self.build(**more, rngs=OneKey(0)))
 
   @property
   def batch(self):

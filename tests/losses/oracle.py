@@ -81,8 +81,9 @@ def compiled(loss, **static):
 
 
 def _float32(x):
-  x = jnp.asarray(x)
-  return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+  # In NumPy: JAX would compile each conversion of a shape.
+  x = x if isinstance(x, jax.Array) else np.asarray(x)
+  return x.astype(np.float32) if x.dtype == np.float64 else x
 
 
 def agree(

@@ -146,11 +146,8 @@ def compiled(loss, **static):
   run = jax.jit(jax.grad(mean, argnums=(0, 1), has_aux=True))
 
   def call(student, teacher, where=None, **hparams):
-    if where is not None:
-      where = jnp.asarray(where)
     both = [
-      jnp.float32(x) if np.asarray(x).dtype == np.float64 else x
-      for x in (student, teacher)
+      np.float32(x) if x.dtype == np.float64 else x for x in (student, teacher)
     ]
     gradients, rows = run(*both, where, hparams)
     return np.asarray(rows), *(np.asarray(g) for g in gradients)
