@@ -24,6 +24,7 @@ from kdjax import (
   memory_plan,
   objective,
   parallel,
+  processes,
 )
 from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.feed import Feed
@@ -168,7 +169,7 @@ def distill(
     comparable=goal.comparable,
   )
   shardings = state_shardings(goal, state, mesh)
-  state = jax.device_put(state, shardings)
+  state = parallel.place(state, shardings)
   step_fn = jit_step(
     make_train_step(
       student,
@@ -186,7 +187,10 @@ def distill(
     mesh,
     shardings,
   )
-  tell = functools.partial(print, file=sys.stderr)
+  # One process prints and writes for all.
+  quiet = quiet or not processes.lead()
+  print_note = functools.partial(print, file=sys.stderr)
+  tell = print_note if processes.lead() else (lambda _: None)
   facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
   with contextlib.ExitStack() as stack:
     saver, position = None, None
@@ -220,7 +224,7 @@ def distill(
       plan = memory_plan.plan(step_fn, state, frozen, rows)
       bar.note(f"{name}: {_memory(plan, head, settings or {})}")
     write = None
-    if folder is not None:
+    if folder is not None and processes.lead():
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:

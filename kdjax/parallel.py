@@ -34,7 +34,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def put(tree: PyTree, mesh: Mesh) -> PyTree:
   """`tree` on every device of the mesh."""
-  return jax.device_put(tree, replicated(mesh))
+  return place(tree, replicated(mesh))
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+  """`tree`, which every process holds whole, as its shardings say."""
+  if all(s.is_fully_addressable for s in jax.tree.leaves(shardings)):
+    return jax.device_put(tree, shardings)
+  # What is committed to one device would not be taken for everyone's.
+  host = jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), tree)
+  return jax.jit(lambda x: x, out_shardings=shardings)(host)
+
+
+def _is_key(x: Any) -> bool:
+  return isinstance(x, jax.Array) and jnp.issubdtype(
+    x.dtype, jax.dtypes.prng_key
+  )
 
 
 def put_batch(batch: Any, mesh: Mesh) -> dict[str, jax.Array]:

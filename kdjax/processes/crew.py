@@ -1,0 +1,283 @@
+"""The processes of a run: they begin together, and none outlives the others.
+
+What ends a process that is not alone, and what becomes of the others:
+
+- an exception, Ctrl-C: `leave` tells the others through jax's key-value store,
+  and they end within some seconds with the same exit code.
+- a process that is killed: on CPU the others' next collective fails at once and
+  `was_lost` knows the error. A GPU or a TPU may wait for ever instead: there
+  jax's heartbeats end all processes (exit code 134, SIGABRT) at most
+  `lost_seconds` after the last sign of life. At half of it process 0 says so.
+- process 0 killed: it held jax's service, whose loss ends the others at once.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from kdjax.errors import UserError
+from kdjax.processes import meeting
+from kdjax.processes.agreement import Facts, numbers
+from kdjax.processes.place import Place
+
+_KEYS = "kdjax"  # in jax's store: <_KEYS>/ended/<index>, <_KEYS>/alive/<index>
+_LOOK = 1.0  # seconds between two looks at the store
+_GRACE = 5.0  # seconds in which a process may find another's mistake itself
+
+
+@dataclasses.dataclass
+class _Crew:
+  """Of a process that is not alone."""
+
+  place: Place
+  lost_seconds: float
+  ending: bool = False
+
+
+_crew: _Crew | None = None
+
+
+def initialize(
+  place: Place | None,
+  facts: Facts,
+  *,
+  start_seconds: float = 300,
+  lost_seconds: float = 60,
+) -> None:
+  """Begins a run of several processes; does nothing for one that is alone.
+
+  To be called before any computation, once.
+
+  Args:
+    place: what `find` returned.
+    facts: what all processes must have in common, as JSON: group -> name ->
+      value.
+    start_seconds: how long to wait for the others.
+    lost_seconds: after so long without a sign of life a process counts as lost,
+      and all end.
+
+  Raises:
+    UserError: on every process alike, if one is missing, does not belong here,
+      or differs in its facts or devices.
+  """
+  global _crew
+  if place is None or place.count == 1 or _crew is not None:
+    return
+  meeting.meet(place, facts, start_seconds)
+  local = meeting.is_local(place.address)
+  jax.distributed.initialize(
+    place.address,
+    place.count,
+    place.index,
+    local_device_ids=place.devices,
+    cluster_detection_method="deactivate",
+    initialization_timeout=int(start_seconds) + 30,
+    heartbeat_timeout_seconds=max(int(lost_seconds), 2),
+    # Nobody else on the network is to speak to a run on one machine.
+    coordinator_bind_address=place.address if local else None,
+  )
+  _crew = _Crew(place, lost_seconds)
+  threading.Thread(target=_watch, args=(_crew,), daemon=True).start()
+  _check_devices(place)
+
+
+def alone() -> bool:
+  return _crew is None
+
+
+def lead() -> bool:
+  """Whether this process prints and writes what is written once."""
+  return _crew is None or _crew.place.index == 0
+
+
+def wait_for_all(name: str) -> None:
+  """Returns when every process has called this with the same, new `name`."""
+  if _crew is not None:
+    # Without an end: one that never comes has ended, which `_watch` sees.
+    _client().wait_at_barrier(f"{_KEYS}/{name}", 24 * 3600 * 1000)
+
+
+def was_lost(error: BaseException) -> bool:
+  """Whether this is how jax says that another process is no longer there."""
+  if _crew is None or not isinstance(error, jax.errors.JaxRuntimeError):
+    return False
+  signs = (
+    r"gloo|nccl|connection (reset|closed|refused)|socket closed|broken pipe|"
+    r"coordination|distributed service|heartbeat|unavailable|task.*died"
+  )
+  return re.search(signs, str(error), re.IGNORECASE) is not None
+
+
+def leave(code: int, said: str) -> int:
+  """Prints why this process ends; alone, returns the exit code.
+
+  One of several tells the others and does not return: an ordinary end of the
+  interpreter would wait for them.
+
+  Args:
+    code: the exit code.
+    said: one line. What process 0 says too is said by it alone.
+  """
+  if _crew is None:
+    print(said, file=sys.stderr)
+    return code
+  _crew.ending = True
+  place = _crew.place
+  _tell(place.index, code, said)
+  ended = _ended()
+  if place.index:
+    # All find the same mistake at about the same time.
+    until = time.monotonic() + _GRACE
+    while 0 not in ended and time.monotonic() < until:
+      time.sleep(0.1)
+      ended = _ended()
+  if place.index == 0 or ended.get(0, {}).get("said") != said:
+    _print(place, said)
+  _exit(place, code)
+  return code
+
+
+def lost(error: BaseException) -> int:
+  """`leave` after `was_lost`: says whose end it was, where that is known."""
+  assert _crew is not None
+  _crew.ending = True
+  place, until = _crew.place, time.monotonic() + 2 * _LOOK
+  while not (ended := _ended()) and time.monotonic() < until:
+    time.sleep(0.1)
+  if ended:
+    _follow(place, ended)
+  why = next(iter(str(error).splitlines()), "")[:200]
+  return leave(
+    1,
+    f"kdjax: process {place.index} of {place.count}: lost another process of "
+    f"the run ({why}); the same command goes on from the last checkpoint",
+  )
+
+
+def _client() -> Any:
+  return distributed.global_state.client
+
+
+def _tell(index: int, code: int, said: str) -> None:
+  # The service may be what was lost.
+  with contextlib.suppress(Exception):
+    _client().key_value_set(
+      f"{_KEYS}/ended/{index}", json.dumps({"code": code, "said": said})
+    )
+
+
+def _ended() -> dict[int, dict[str, Any]]:
+  """The processes that told of their end."""
+  try:
+    found = _client().key_value_dir_get(f"{_KEYS}/ended/")
+  except Exception:  # none there, or no service
+    return {}
+  return {int(k.rpartition("/")[2]): json.loads(v) for k, v in found}
+
+
+def _follow(place: Place, ended: dict[int, dict[str, Any]]) -> None:
+  """Ends because others did."""
+  first = min(ended)
+  code = ended[first]["code"]
+  _tell(place.index, code, "")
+  _print(place, f"kdjax: {numbers(ended)} ended, see its log: ending too")
+  _exit(place, code)
+
+
+def _exit(place: Place, code: int) -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if place.index == 0:
+    # jax aborts, with a stack trace, those whose service is gone.
+    until = time.monotonic() + 2 * _GRACE
+    while len(_ended()) < place.count and time.monotonic() < until:
+      time.sleep(0.1)
+    time.sleep(0.2)
+  os._exit(code)
+
+
+def _print(place: Place, said: str) -> None:
+  if place.index and not said.startswith("kdjax: process "):
+    head = f"kdjax: process {place.index} of {place.count}:"
+    said = f"{head} {said.removeprefix('kdjax: ')}"
+  print(said, file=sys.stderr, flush=True)
+
+
+def _check_devices(place: Place) -> None:
+  """Every process sees all devices, and so all raise the same."""
+  devices = jax.devices()
+  counts = collections.Counter(d.process_index for d in devices)
+  by_count: dict[int, list[int]] = {}
+  for index in range(place.count):
+    by_count.setdefault(counts[index], []).append(index)
+  if len(by_count) > 1:
+    shares = "; ".join(f"{n} in {numbers(p)}" for n, p in by_count.items())
+    raise UserError(
+      f"the processes have different numbers of {devices[0].platform} devices "
+      f"({shares}): start all of them on machines, and with settings, alike"
+    )
+
+
+def _watch(crew: _Crew) -> None:
+  """Ends this process after others said that they ended."""
+  seen_since = None
+  beats: dict[str, tuple[str, float]] = {}
+  warned: set[str] = set()
+  beat, next_beat = 0, 0.0
+  while True:
+    time.sleep(_LOOK)
+    now = time.monotonic()
+    ended = {} if crew.ending else _ended()
+    ended.pop(crew.place.index, None)
+    seen_since = (seen_since or now) if ended else None
+    late = seen_since is not None and now - seen_since >= _GRACE
+    if late and not crew.ending:
+      _follow(crew.place, ended)
+    if now >= next_beat:
+      beat, next_beat = beat + 1, now + crew.lost_seconds / 10
+      _beat(crew.place.index, beat)
+      if crew.place.index == 0 and not crew.ending:
+        _look(crew, beats, warned, now)
+
+
+def _beat(index: int, beat: int) -> None:
+  with contextlib.suppress(Exception):
+    key = f"{_KEYS}/alive/{index}"
+    _client().key_value_set(key, str(beat), allow_overwrite=True)
+
+
+def _look(
+  crew: _Crew,
+  beats: dict[str, tuple[str, float]],
+  warned: set[str],
+  now: float,
+) -> None:
+  """Process 0 says who has not been heard of. It is jax that ends them."""
+  try:
+    found = _client().key_value_dir_get(f"{_KEYS}/alive/")
+  except Exception:
+    return
+  for key, value in found:
+    if beats.get(key, ("", 0))[0] != value:
+      beats[key] = value, now
+      warned.discard(key)
+    elif now - beats[key][1] > crew.lost_seconds / 2 and key not in warned:
+      warned.add(key)
+      print(
+        f"kdjax: process {key.rpartition('/')[2]} of {crew.place.count} has "
+        f"not been heard of for {now - beats[key][1]:.0f} s; if it stays away, "
+        f"jax ends all of them after {crew.lost_seconds:g} s, and the same "
+        "command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
