@@ -142,7 +142,9 @@ def distill(
   objective.check(goal, steps, has_teacher=teacher is not None)
   feed = Feed(train)
   parallel.check_batch_size(
-    len(feed.first["mask"]), mesh, microbatches=microbatches
+    len(feed.first["mask"]) * jax.process_count(),
+    mesh,
+    microbatches=microbatches,
   )
   frozen = parallel.put(teacher_variables, mesh)
   state = init_state(

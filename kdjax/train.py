@@ -25,12 +25,12 @@ explains, 130 Ctrl-C; 134 lost too, where jax itself noticed. The processes of a
 run end with one code.
 """
 
+import functools
 import json
 import logging
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,44 +100,36 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
     print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
-  new: list[Path] = []
+  return processes.run(functools.partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+  given = _arguments(argv)
+  config, workdir = given.config, given.workdir
+  place = processes.find(
+    given.coordinator,
+    given.processes,
+    given.process,
+    seconds=given.start_seconds,
+  )
+  processes.initialize(
+    place,
+    _facts(config, workdir),
+    start_seconds=given.start_seconds,
+    lost_seconds=given.lost_seconds,
+  )
+  folders = Path(workdir) / "compiled", Path(workdir)
+  new = [folder for folder in folders if not folder.exists()]
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Seeds and restarts run the same programs: compile each of them once.
+    folder = Path(workdir).absolute() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   try:
-    given = _arguments(argv)
-    config, workdir = given.config, given.workdir
-    processes.initialize(
-      processes.find(
-        given.coordinator,
-        given.processes,
-        given.process,
-        seconds=given.start_seconds,
-      ),
-      _facts(config, workdir),
-      start_seconds=given.start_seconds,
-      lost_seconds=given.lost_seconds,
-    )
-    if processes.lead():
-      new = [
-        p for p in (Path(workdir) / "compiled", Path(workdir)) if not p.exists()
-      ]
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-      # Seeds and restarts run the same programs: compile each of them once.
-      folder = Path(workdir).absolute() / "compiled"
-      jax.config.update("jax_compilation_cache_dir", str(folder))
     results = train(config, workdir)
-  except errors.UserError as error:
-    _leave_nothing(new)
-    return processes.leave(2, f"kdjax: {error}")
-  except KeyboardInterrupt:
-    return processes.leave(
-      130, "kdjax: stopped; the same command goes on from here"
-    )
-  except Exception as error:
-    if processes.was_lost(error):
-      return processes.lost(error)
-    if processes.alone():
-      raise
-    traceback.print_exc()
-    return processes.leave(1, f"kdjax: {type(error).__name__}: {error}")
+  except errors.UserError:
+    if processes.lead():
+      _leave_nothing(new)
+    raise
   if processes.lead():
     print(report.table(results))
   return 0
@@ -197,7 +189,7 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
     raise errors.UserError(
       f"cannot use the arguments: {'; '.join(lines)}"
     ) from (error)
-  given = {name: values[name].value for name in _Arguments._fields}
+  given: dict[str, Any] = {n: values[n].value for n in _Arguments._fields}
   given["config"] = config.value
   for name in ("config", "workdir"):
     if given[name] is None:

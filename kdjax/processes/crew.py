@@ -2,10 +2,10 @@
 
 What ends a process that is not alone, and what becomes of the others:
 
-- an exception, Ctrl-C: `leave` tells the others through jax's key-value store,
+- an exception, Ctrl-C: `run` tells the others through jax's key-value store,
   and they end within some seconds with the same exit code.
 - a process that is killed: on CPU the others' next collective fails at once and
-  `was_lost` knows the error. A GPU or a TPU may wait for ever instead: there
+  `run` knows the error. A GPU or a TPU may wait for ever instead: there
   jax's heartbeats end all processes (exit code 134, SIGABRT) at most
   `lost_seconds` after the last sign of life. At half of it process 0 says so.
 - process 0 killed: it held jax's service, whose loss ends the others at once.
@@ -20,6 +20,8 @@ import re
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ from kdjax.processes.place import Place
 
 _KEYS = "kdjax"  # in jax's store: <_KEYS>/ended/<index>, <_KEYS>/alive/<index>
 _LOOK = 1.0  # seconds between two looks at the store
+_LOST = "lost another process of the run"
 _GRACE = 5.0  # seconds in which a process may find another's mistake itself
 
 
@@ -107,9 +110,35 @@ def wait_for_all(name: str) -> None:
     _client().wait_at_barrier(f"{_KEYS}/{name}", 24 * 3600 * 1000)
 
 
-def was_lost(error: BaseException) -> bool:
+def run(body: Callable[[], int]) -> int:
+  """`body()`, whose failure ends the other processes too; the exit code.
+
+  Returns:
+    What `body` returns; 2 after a `UserError`, 130 after Ctrl-C, 1 where
+    another process was lost. One of several processes does not return from a
+    failure: an ordinary end of the interpreter would wait for the others.
+
+  Raises:
+    Exception: any other, of a process that is alone.
+  """
+  try:
+    return body()
+  except UserError as error:
+    return _leave(2, f"kdjax: {error}")
+  except KeyboardInterrupt:
+    return _leave(130, "kdjax: stopped; the same command goes on from here")
+  except Exception as error:
+    if _crew is None:
+      raise
+    if _was_lost(error):
+      return _lost(_crew, error)
+    said = f"kdjax: {type(error).__name__}: {error}"
+    return _leave(1, said, detail=traceback.format_exc())
+
+
+def _was_lost(error: BaseException) -> bool:
   """Whether this is how jax says that another process is no longer there."""
-  if _crew is None or not isinstance(error, jax.errors.JaxRuntimeError):
+  if not isinstance(error, jax.errors.JaxRuntimeError):
     return False
   signs = (
     r"gloo|nccl|connection (reset|closed|refused)|socket closed|broken pipe|"
@@ -118,16 +147,8 @@ def was_lost(error: BaseException) -> bool:
   return re.search(signs, str(error), re.IGNORECASE) is not None
 
 
-def leave(code: int, said: str) -> int:
-  """Prints why this process ends; alone, returns the exit code.
-
-  One of several tells the others and does not return: an ordinary end of the
-  interpreter would wait for them.
-
-  Args:
-    code: the exit code.
-    said: one line. What process 0 says too is said by it alone.
-  """
+def _leave(code: int, said: str, *, detail: str = "") -> int:
+  """Prints why this process ends and tells the others; alone, returns."""
   if _crew is None:
     print(said, file=sys.stderr)
     return code
@@ -136,31 +157,33 @@ def leave(code: int, said: str) -> int:
   _tell(place.index, code, said)
   ended = _ended()
   if place.index:
-    # All find the same mistake at about the same time.
+    # All find the same mistake at about the same time; process 0 prints it.
     until = time.monotonic() + _GRACE
     while 0 not in ended and time.monotonic() < until:
       time.sleep(0.1)
       ended = _ended()
   if place.index == 0 or ended.get(0, {}).get("said") != said:
+    print(detail, end="", file=sys.stderr)
     _print(place, said)
   _exit(place, code)
   return code
 
 
-def lost(error: BaseException) -> int:
-  """`leave` after `was_lost`: says whose end it was, where that is known."""
-  assert _crew is not None
-  _crew.ending = True
-  place, until = _crew.place, time.monotonic() + 2 * _LOOK
-  while not (ended := _ended()) and time.monotonic() < until:
+def _lost(crew: _Crew, error: BaseException) -> int:
+  """Says whose end it was, where that is known."""
+  crew.ending = True
+  place, until = crew.place, time.monotonic() + 2 * _LOOK
+  told: dict[int, dict[str, Any]] = {}
+  while not told and time.monotonic() < until:
     time.sleep(0.1)
-  if ended:
-    _follow(place, ended)
+    told = {k: v for k, v in _ended().items() if _LOST not in v["said"]}
+  if told:
+    _follow(place, told)
   why = next(iter(str(error).splitlines()), "")[:200]
-  return leave(
+  return _leave(
     1,
-    f"kdjax: process {place.index} of {place.count}: lost another process of "
-    f"the run ({why}); the same command goes on from the last checkpoint",
+    f"{_head(place)} {_LOST} ({why}); the same command goes on from the last "
+    "checkpoint",
   )
 
 
@@ -190,7 +213,8 @@ def _follow(place: Place, ended: dict[int, dict[str, Any]]) -> None:
   first = min(ended)
   code = ended[first]["code"]
   _tell(place.index, code, "")
-  _print(place, f"kdjax: {numbers(ended)} ended, see its log: ending too")
+  said = f"{_head(place)} ends too, as {numbers(ended)} did: see the log there"
+  _print(place, said)
   _exit(place, code)
 
 
@@ -206,10 +230,13 @@ def _exit(place: Place, code: int) -> None:
   os._exit(code)
 
 
+def _head(place: Place) -> str:
+  return f"kdjax: process {place.index} of {place.count}"
+
+
 def _print(place: Place, said: str) -> None:
-  if place.index and not said.startswith("kdjax: process "):
-    head = f"kdjax: process {place.index} of {place.count}:"
-    said = f"{head} {said.removeprefix('kdjax: ')}"
+  if place.index and not said.startswith(_head(place)):
+    said = f"{_head(place)}: {said.removeprefix('kdjax: ')}"
   print(said, file=sys.stderr, flush=True)
 
 
