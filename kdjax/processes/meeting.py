@@ -64,7 +64,11 @@ def _receive(
     server = stack.enter_context(_listen(place.address))
     server.settimeout(_PAUSE)
     wrong = None
-    while len(came) < place.count and wrong is None:
+    while wrong is None:
+      _forget_gone(guests, came)
+      if len(came) == place.count:
+        wrong = differences({k: v["facts"] for k, v in came.items()})
+        break
       if time.monotonic() > deadline:
         missing = numbers(set(range(place.count)) - set(came))
         wrong = (
@@ -79,20 +83,26 @@ def _receive(
         continue
       stack.enter_context(guest)
       said = _read(guest, 5.0)
-      if said is None or said.get("run") != "kdjax":
+      if not said or said.get("run") != "kdjax":
         continue  # not one of ours
-      index = said["index"]
-      if index in guests and _is_gone(guests[index]):
-        del came[index]  # it died and was started again
+      _forget_gone(guests, came)
       wrong = _misfit(place, came, said)
       # Of two with one number both are to hear of it.
-      guests[index if wrong is None else -1] = guest
-      came.setdefault(index, said)
-    wrong = wrong or differences({k: v["facts"] for k, v in came.items()})
+      index = said["index"] if wrong is None else -1
+      guests[index], came[index] = guest, said
     for guest in guests.values():
       with contextlib.suppress(OSError):
+        guest.settimeout(5.0)
         guest.sendall(json.dumps({"wrong": wrong}).encode() + b"\n")
   return wrong
+
+
+def _forget_gone(
+  guests: dict[int, socket.socket], came: dict[int, Any]
+) -> None:
+  """One that died meanwhile may be started again."""
+  for index in [n for n, guest in guests.items() if _is_gone(guest)]:
+    del guests[index], came[index]
 
 
 def _misfit(
