@@ -20,9 +20,9 @@ see also `python -m kdjax.launch --help` and the folder launch/.
                            as lost, and all end (60)
 
 Killed and started again, the same line goes on where it was. Exit codes: 0
-done, 1 another process of the run was lost, 2 a mistake that the message
-explains, 130 Ctrl-C; 134 lost too, where jax itself noticed. The processes of a
-run end with one code.
+done, 1 an error in the program, 2 a mistake that the message explains, 75
+another process of the run was lost, 130 Ctrl-C; 134 lost too, where jax itself
+noticed. After 75 and above, start again.
 """
 
 import functools

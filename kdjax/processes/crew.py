@@ -114,8 +114,8 @@ def run(body: Callable[[], int]) -> int:
   """`body()`, whose failure ends the other processes too; the exit code.
 
   Returns:
-    What `body` returns; 2 after a `UserError`, 130 after Ctrl-C, 1 where
-    another process was lost. One of several processes does not return from a
+    What `body` returns; 2 after a `UserError`, 130 after Ctrl-C, 75 where
+    another process was lost, 1 after any other error. One of several processes does not return from a
     failure: an ordinary end of the interpreter would wait for the others.
 
   Raises:
@@ -182,7 +182,7 @@ def _lost(crew: _Crew, error: BaseException) -> int:
     _follow(place, told)
   why = next(iter(str(error).splitlines()), "")[:200]
   return _leave(
-    1,
+    75,  # EX_TEMPFAIL: try again
     f"{_head(place)} {_LOST} ({why}); the same command goes on from the last "
     "checkpoint",
   )
@@ -259,7 +259,8 @@ def _check_devices(place: Place) -> None:
 def _watch(crew: _Crew) -> None:
   """Ends this process after others said that they ended."""
   ended_since = None
-  heard = dict.fromkeys(range(crew.place.count), ("", time.monotonic()))
+  began = time.monotonic()
+  heard = {index: ("", began) for index in range(crew.place.count)}
   warned: set[int] = set()
   beat, next_beat = 0, 0.0
   while True:
@@ -292,8 +293,8 @@ def _look(
 ) -> None:
   """Process 0 says who has not been heard of. It is jax that ends them.
 
-  Only jax: it asks a thread that waits for nobody. This one needs Python's lock,
-  which a file system that hangs can hold.
+  Only jax: its threads wait for nobody, and this one for Python's lock, which a
+  file system that hangs can hold.
   """
   try:
     found = _client().key_value_dir_get(f"{_KEYS}/alive/")
