@@ -12,9 +12,7 @@ What ends a process that is not alone, and what becomes of the others:
 """
 
 import collections
-import contextlib
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -25,14 +23,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed
 
 from kdjax.errors import UserError
-from kdjax.processes import meeting
+from kdjax.processes import meeting, signs
 from kdjax.processes.agreement import Facts, numbers
 from kdjax.processes.place import Place
 
-_KEYS = "kdjax"  # in jax's store: <_KEYS>/ended/<index>, <_KEYS>/alive/<index>
 _LOOK = 1.0  # seconds between two looks at the store
 _LOST = "lost another process of the run"
 _GRACE = 5.0  # seconds in which a process may find another's mistake itself
@@ -107,7 +103,7 @@ def wait_for_all(name: str) -> None:
   """Returns when every process has called this with the same, new `name`."""
   if _crew is not None:
     # Without an end: one that never comes has ended, which `_watch` sees.
-    _client().wait_at_barrier(f"{_KEYS}/{name}", 24 * 3600 * 1000)
+    signs.client().wait_at_barrier(f"kdjax/{name}", 24 * 3600 * 1000)
 
 
 def run(body: Callable[[], int]) -> int:
@@ -115,8 +111,9 @@ def run(body: Callable[[], int]) -> int:
 
   Returns:
     What `body` returns; 2 after a `UserError`, 130 after Ctrl-C, 75 where
-    another process was lost, 1 after any other error. One of several processes does not return from a
-    failure: an ordinary end of the interpreter would wait for the others.
+    another process was lost, 1 after any other error. One of several processes
+    does not return from a failure: an ordinary end of the interpreter would
+    wait for the others.
 
   Raises:
     Exception: any other, of a process that is alone.
@@ -155,14 +152,14 @@ def _leave(code: int, said: str, *, detail: str = "") -> int:
     return code
   _crew.ending = True
   place = _crew.place
-  _tell(place.index, code, said)
-  ended = _ended()
+  signs.tell(place.index, code, said)
+  ended = signs.ended()
   if place.index:
     # All find the same mistake at about the same time; process 0 prints it.
     until = time.monotonic() + _GRACE
     while 0 not in ended and time.monotonic() < until:
       time.sleep(0.1)
-      ended = _ended()
+      ended = signs.ended()
   if place.index == 0 or ended.get(0, {}).get("said") != said:
     print(detail, end="", file=sys.stderr)
     _print(place, said)
@@ -177,7 +174,7 @@ def _lost(crew: _Crew, error: BaseException) -> int:
   told: dict[int, dict[str, Any]] = {}
   while not told and time.monotonic() < until:
     time.sleep(0.1)
-    told = {k: v for k, v in _ended().items() if _LOST not in v["said"]}
+    told = {k: v for k, v in signs.ended().items() if _LOST not in v["said"]}
   if told:
     _follow(place, told)
   why = next(iter(str(error).splitlines()), "")[:200]
@@ -188,32 +185,11 @@ def _lost(crew: _Crew, error: BaseException) -> int:
   )
 
 
-def _client() -> Any:
-  return distributed.global_state.client
-
-
-def _tell(index: int, code: int, said: str) -> None:
-  # The service may be what was lost.
-  with contextlib.suppress(Exception):
-    _client().key_value_set(
-      f"{_KEYS}/ended/{index}", json.dumps({"code": code, "said": said})
-    )
-
-
-def _ended() -> dict[int, dict[str, Any]]:
-  """The processes that told of their end."""
-  try:
-    found = _client().key_value_dir_get(f"{_KEYS}/ended/")
-  except Exception:  # none there, or no service
-    return {}
-  return {int(k.rpartition("/")[2]): json.loads(v) for k, v in found}
-
-
 def _follow(place: Place, ended: dict[int, dict[str, Any]]) -> None:
   """Ends because others did."""
   first = min(ended)
   code = ended[first]["code"]
-  _tell(place.index, code, "")
+  signs.tell(place.index, code, "")
   said = f"{_head(place)} ends too, as {numbers(ended)} did: see the log there"
   _print(place, said)
   _exit(place, code)
@@ -225,7 +201,7 @@ def _exit(place: Place, code: int) -> None:
   if place.index == 0:
     # jax aborts, with a stack trace, those whose service is gone.
     until = time.monotonic() + 2 * _GRACE
-    while len(_ended()) < place.count and time.monotonic() < until:
+    while len(signs.ended()) < place.count and time.monotonic() < until:
       time.sleep(0.1)
     time.sleep(0.2)
   os._exit(code)
@@ -257,62 +233,23 @@ def _check_devices(place: Place) -> None:
 
 
 def _watch(crew: _Crew) -> None:
-  """Ends this process after others said that they ended."""
+  """Gives signs of life, and ends this process after others have ended."""
+  place = crew.place
+  ear = signs.Ear(place.count, crew.lost_seconds)
   ended_since = None
-  began = time.monotonic()
-  heard = {index: ("", began) for index in range(crew.place.count)}
-  warned: set[int] = set()
   beat, next_beat = 0, 0.0
   while True:
     now = time.monotonic()
-    ended = {} if crew.ending else _ended()
-    ended.pop(crew.place.index, None)
+    ended = {} if crew.ending else signs.ended()
+    ended.pop(place.index, None)
     ended_since = (ended_since or now) if ended else None
     late = ended_since is not None and now - ended_since >= _GRACE
     if late and not crew.ending:
-      _follow(crew.place, ended)
+      _follow(place, ended)
     if now >= next_beat:
       beat, next_beat = beat + 1, now + crew.lost_seconds / 10
-      _beat(crew.place.index, beat)
-      if crew.place.index == 0 and not crew.ending:
-        _look(crew, heard, warned, now)
+      signs.live(place.index, beat)
+      if place.index == 0 and not crew.ending:
+        for line in ear.hear(signs.living(), now):
+          print(line, file=sys.stderr, flush=True)
     time.sleep(_LOOK)
-
-
-def _beat(index: int, beat: int) -> None:
-  with contextlib.suppress(Exception):
-    key = f"{_KEYS}/alive/{index}"
-    _client().key_value_set(key, str(beat), allow_overwrite=True)
-
-
-def _look(
-  crew: _Crew,
-  heard: dict[int, tuple[str, float]],
-  warned: set[int],
-  now: float,
-) -> None:
-  """Process 0 says who has not been heard of. It is jax that ends them.
-
-  Only jax: its threads wait for nobody, and this one for Python's lock, which a
-  file system that hangs can hold.
-  """
-  try:
-    found = _client().key_value_dir_get(f"{_KEYS}/alive/")
-  except Exception:
-    return
-  beats = {int(key.rpartition("/")[2]): beat for key, beat in found}
-  for index, (last, since) in heard.items():
-    beat = beats.get(index, "")
-    if beat != last:
-      heard[index] = beat, now
-      warned.discard(index)
-    elif now - since > crew.lost_seconds / 2 and index not in warned:
-      warned.add(index)
-      print(
-        f"kdjax: process {index} of {crew.place.count} has not been heard of "
-        f"for {now - since:.0f} s; if it stays away, jax ends all of them "
-        f"after {crew.lost_seconds:g} s, and the same command goes on from the "
-        "last checkpoint",
-        file=sys.stderr,
-        flush=True,
-      )
