@@ -60,8 +60,9 @@ class Ear:
 
   def __init__(self, count: int, lost_seconds: float):
     self._count, self._lost_seconds = count, lost_seconds
-    heard: tuple[str, float] = "", time.monotonic()
-    self._heard = dict.fromkeys(range(count), heard)
+    began = time.monotonic()
+    self._heard: dict[int, tuple[str, float]] = {}
+    self._heard.update(dict.fromkeys(range(count), ("", began)))
     self._told: set[int] = set()
 
   def hear(self, beats: Mapping[int, str], now: float) -> list[str]:

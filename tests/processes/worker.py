@@ -11,6 +11,7 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def loop(given):
   rows = np.ones(jax.local_device_count(), np.float32)
   x = parallel.put_batch({"x": rows}, mesh)["x"]
   index = jax.process_index()
+  (given.out / f"pid_{index}").write_text(str(os.getpid()))
   for step in range(1_000_000):
     assert float(add(x)) == mesh.size
     (given.out / f"step_{index}").write_text(str(step))
