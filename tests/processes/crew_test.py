@@ -42,6 +42,8 @@ class Run:
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
+      # A shell's background jobs ignore Ctrl-C, and so would all below them.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def __enter__(self):
@@ -72,6 +74,7 @@ class Run:
     return found
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_find_is_told_once(tmp_path):
   with Run("all", 2, tmp_path) as run:
     (code, said), (other_code, other_said) = run.end()

@@ -18,7 +18,7 @@ WORKER = str(ROOT / "tests" / "processes" / "worker.py")
 STEPS = 12  # the worker's
 
 
-def launched(command, processes, devices=2, **options):
+def launched(command, processes, devices=2):
   """The launcher in a process of its own, as from a terminal."""
   call = (
     "import json, sys; from kdjax import launch; "
@@ -27,10 +27,10 @@ def launched(command, processes, devices=2, **options):
   return subprocess.Popen(
     [sys.executable, "-c", call, json.dumps([command, processes, devices])],
     cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    **options,
   )
 
 
