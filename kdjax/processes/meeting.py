@@ -65,7 +65,6 @@ def _receive(
     server.settimeout(_PAUSE)
     wrong = None
     while wrong is None:
-      _forget_gone(guests, came)
       if len(came) == place.count:
         wrong = differences({k: v["facts"] for k, v in came.items()})
         break

@@ -34,6 +34,7 @@ def test_errors_of_a_lost_process_and_others():
     "INVALID_ARGUMENT: nan at the connection",
     "cannot reshape array of size 3 into gloo",
     "INTERNAL: Mosaic failed to compile",
+    "config.name is 'INTERNAL: connection', which is no name",
   ]
   assert all(crew._was_lost(ValueError(text)) for text in lost)
   assert not any(crew._was_lost(ValueError(text)) for text in own)
