@@ -25,6 +25,7 @@ from kdjax import (
   memory_plan,
   objective,
   parallel,
+  processes,
   stepping,
 )
 from kdjax.clock import Clock
@@ -164,7 +165,9 @@ def distill(
   objective.check(goal, steps, has_teacher=teacher is not None)
   feed = Feed(train)
   parallel.check_batch_size(
-    len(feed.first["mask"]), mesh, microbatches=microbatches
+    len(feed.first["mask"]) * parallel.data_share(mesh)[1],
+    mesh,
+    microbatches=microbatches,
   )
   parallel.check_rules(partition, mesh, "partition")
   parallel.check_rules(teacher_partition, mesh, "teacher_partition")
@@ -218,7 +221,10 @@ def distill(
     mesh,
     shardings,
   )
-  tell = functools.partial(print, file=sys.stderr)
+  # One process prints and writes for all.
+  quiet = quiet or not processes.lead()
+  print_note = functools.partial(print, file=sys.stderr)
+  tell = print_note if processes.lead() else (lambda _: None)
   facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
   with contextlib.ExitStack() as stack:
     saver, position, start = None, None, 0
@@ -264,7 +270,7 @@ def distill(
           variables = whole, state.stats
           of_step = flops.of_step(student, teacher, variables, theirs, rows)
     write = None
-    if folder is not None:
+    if folder is not None and processes.lead():
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:

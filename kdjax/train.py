@@ -8,11 +8,24 @@
   --workdir=FOLDER      for checkpoints, metrics and results.json
   --help                this text
 
+On a TPU pod, on GKE, under Slurm and Open MPI the same line, started once for
+each machine (or GPU), makes one run. Elsewhere each process is told its place;
+see also `python -m kdjax.launch --help` and the folder launch/.
+
+  --coordinator=HOST:PORT  where process 0 waits for the others
+  --processes=N            how many there are
+  --process=I              which of them this is, from 0
+  --start_seconds=S        how long to wait for the others (300)
+  --lost_seconds=S         after so long without a sign of life a process counts
+                           as lost, and all end (60)
+
 Killed and started again, the same line goes on where it was. Exit codes: 0
-done, 2 a mistake that the message explains, 76 no step for
---config.hang_minutes.
+done, 1 an error in the program, 2 a mistake that the message explains, 75
+another process of the run was lost, 76 no step for --config.hang_minutes, 130
+Ctrl-C; 134 lost too, where jax itself noticed. After 75 and above, start again.
 """
 
+import functools
 import json
 import logging
 import os
@@ -20,14 +33,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 import kdjax.config as configuration
-from kdjax import errors, metrics, report
+from kdjax import errors, metrics, processes, report
 from kdjax.experiment import experiment, run
 
 # Keys that change nothing of what a run has made so far: more seeds have
@@ -54,11 +67,14 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
   configuration.check_keys(config)
   workdir = Path(workdir)
   checked = experiment(config)
-  _claim(workdir, config)
+  if processes.lead():
+    _claim(workdir, config)
+  processes.wait_for_all("claimed")
   seeds = range(config.seed, config.seed + config.seeds)
   runs = [run(checked, workdir / f"seed_{s}", s) for s in seeds]
   results = report.summary(runs)
-  metrics.write_json(workdir / "results.json", results)
+  if processes.lead():
+    metrics.write_json(workdir / "results.json", results)
   return results
 
 
@@ -97,26 +113,50 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
     print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
-  new: list[Path] = []
+  return processes.run(functools.partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+  given = _arguments(argv)
+  config, workdir = given.config, given.workdir
+  place = processes.find(
+    given.coordinator,
+    given.processes,
+    given.process,
+    seconds=given.start_seconds,
+  )
+  processes.initialize(
+    place,
+    _facts(config, workdir),
+    start_seconds=given.start_seconds,
+    lost_seconds=given.lost_seconds,
+  )
+  folders = Path(workdir) / "compiled", Path(workdir)
+  new = [folder for folder in folders if not folder.exists()]
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Seeds and restarts run the same programs: compile each of them once.
+    folder = Path(workdir).absolute() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   try:
-    config, workdir = _arguments(argv)
-    new = [
-      p for p in (Path(workdir) / "compiled", Path(workdir)) if not p.exists()
-    ]
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-      # Seeds and restarts run the same programs: compile each of them once.
-      folder = Path(workdir).absolute() / "compiled"
-      jax.config.update("jax_compilation_cache_dir", str(folder))
     results = train(config, workdir)
-  except errors.UserError as error:
-    print(f"kdjax: {error}", file=sys.stderr)
-    _leave_nothing(new)
-    return 2
-  except KeyboardInterrupt:
-    print("kdjax: stopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  print(report.table(results))
+  except errors.UserError:
+    if processes.lead():
+      _leave_nothing(new)
+    raise
+  if processes.lead():
+    print(report.table(results))
   return 0
+
+
+def _facts(config: Any, workdir: str) -> dict[str, dict[str, Any]]:
+  """What all processes of a run must have in common."""
+  ours = json.loads(config.to_json_best_effort())
+  return {
+    "config": configuration.flat(ours),
+    "command": {"workdir": workdir},
+    "version": processes.versions(),
+    "code": processes.code(),
+  }
 
 
 def _leave_nothing(new: Sequence[Path]) -> None:
@@ -130,13 +170,28 @@ def _leave_nothing(new: Sequence[Path]) -> None:
       folder.rmdir()
 
 
-def _arguments(argv: Sequence[str]) -> tuple[Any, str]:
-  """(config, workdir); whatever is wrong with them as a UserError."""
+class _Arguments(NamedTuple):
+  config: Any
+  workdir: str
+  coordinator: str | None
+  processes: int | None
+  process: int | None
+  start_seconds: float
+  lost_seconds: float
+
+
+def _arguments(argv: Sequence[str]) -> _Arguments:
+  """The flags; whatever is wrong with them as a UserError."""
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
     "config", flag_values=values, sys_argv=list(argv)
   )
-  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  for name in ("workdir", "coordinator"):
+    flags.DEFINE_string(name, None, "", flag_values=values)
+  for name in ("processes", "process"):
+    flags.DEFINE_integer(name, None, "", flag_values=values)
+  for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
+    flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
   try:
     rest = values(list(argv))[1:]
     if config.value is not None:
@@ -147,12 +202,14 @@ def _arguments(argv: Sequence[str]) -> tuple[Any, str]:
     raise errors.UserError(
       f"cannot use the arguments: {'; '.join(lines)}"
     ) from (error)
-  for name, value in {"config": config.value, "workdir": workdir.value}.items():
-    if value is None:
+  given: dict[str, Any] = {n: values[n].value for n in _Arguments._fields}
+  given["config"] = config.value
+  for name in ("config", "workdir"):
+    if given[name] is None:
       raise errors.UserError(f"--{name} is missing: see --help")
   if rest:
     raise errors.UserError(f"got {' '.join(rest)}: see --help")
-  return config.value, workdir.value or ""
+  return _Arguments(**given)
 
 
 if __name__ == "__main__":

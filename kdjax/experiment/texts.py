@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
-from kdjax import adapters, evaluate, lora, losses, parallel
+from kdjax import adapters, evaluate, lora, losses, parallel, processes
 from kdjax.data import text
 from kdjax.experiment import phases
 from kdjax.generate import generate
@@ -42,7 +42,7 @@ class TextExperiment:
     }
     self.optimizers = phases.optimizers(config, self.mesh)
     self.made = configuration.decoders_of(config)
-    for line in self.made.warnings:
+    for line in self.made.warnings if processes.lead() else ():
       print(f"kdjax: {line}", file=sys.stderr)
     self.by_spans = configuration.by_spans(config)
     self._read_texts()

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -162,6 +163,10 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
         return jax.jit(lambda x: x, out_shardings=sharding)(x)
     if sharding.is_fully_addressable:
       return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jnp.issubdtype(
+      x.dtype, jax.dtypes.prng_key
+    ):
+      return jax.jit(lambda x: x, out_shardings=sharding)(x)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 

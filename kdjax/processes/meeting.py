@@ -1,0 +1,202 @@
+"""Before a run begins, its processes meet at the coordinator's address.
+
+Each says who it is in one line of JSON; process 0 waits for all, compares, and
+answers everyone alike. Only then does jax start its own service at this port.
+jax could say nothing of this kind: it waits for all processes before it lets
+any speak, aborts with a stack trace where one is missing or too many, and a
+second process of one number aborts a run that is under way (jax 0.10).
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from kdjax.errors import UserError
+from kdjax.processes.agreement import Facts, differences, numbers
+from kdjax.processes.place import Place
+
+_MOST = 1 << 22  # bytes of a line; a config has some kilobytes
+_PAUSE = 0.2  # seconds between two tries
+
+
+def meet(place: Place, facts: Facts, seconds: float) -> None:
+  """Returns once all processes have come and agree.
+
+  Args:
+    place: this process's.
+    facts: what all must have in common, as JSON.
+    seconds: how long to wait for the others.
+
+  Raises:
+    UserError: on every process alike: one is missing, a number is taken twice
+      or is too large, or the facts differ.
+  """
+  hello = {
+    "run": "kdjax",
+    "index": place.index,
+    "count": place.count,
+    "who": f"{socket.gethostname()} pid {os.getpid()}",
+    "facts": facts,
+  }
+  deadline = time.monotonic() + seconds
+  if place.index == 0:
+    wrong = _receive(place, hello, deadline, seconds)
+  else:
+    wrong = _visit(place, hello, deadline, seconds)
+  if wrong is not None:
+    raise UserError(wrong)
+
+
+def is_local(address: str) -> bool:
+  return address.rpartition(":")[0] in ("localhost", "127.0.0.1")
+
+
+def _receive(
+  place: Place, hello: dict[str, Any], deadline: float, seconds: float
+) -> str | None:
+  """Process 0: what is wrong, told to all who came."""
+  came: dict[int, dict[str, Any]] = {0: hello}
+  guests: dict[int, socket.socket] = {}
+  with contextlib.ExitStack() as stack:
+    server = stack.enter_context(_listen(place.address))
+    server.settimeout(_PAUSE)
+    wrong = None
+    while wrong is None:
+      if len(came) == place.count:
+        wrong = differences({k: v["facts"] for k, v in came.items()})
+        break
+      if time.monotonic() > deadline:
+        missing = numbers(set(range(place.count)) - set(came))
+        wrong = (
+          f"{missing} of {place.count} did not come to {place.address} within "
+          f"{seconds:g} s: start all of them, with the same --coordinator and "
+          "--processes"
+        )
+        break
+      try:
+        guest, _ = server.accept()
+      except TimeoutError:
+        continue
+      stack.enter_context(guest)
+      said = _read(guest, 5.0)
+      if not said or said.get("run") != "kdjax":
+        continue  # not one of ours
+      _forget_gone(guests, came)
+      wrong = _misfit(place, came, said)
+      # Of two with one number both are to hear of it.
+      index = said["index"] if wrong is None else -1
+      guests[index], came[index] = guest, said
+    for guest in guests.values():
+      with contextlib.suppress(OSError):
+        guest.settimeout(5.0)
+        guest.sendall(json.dumps({"wrong": wrong}).encode() + b"\n")
+  return wrong
+
+
+def _forget_gone(
+  guests: dict[int, socket.socket], came: dict[int, Any]
+) -> None:
+  """One that died meanwhile may be started again."""
+  for index in [n for n, guest in guests.items() if _is_gone(guest)]:
+    del guests[index], came[index]
+
+
+def _misfit(
+  place: Place, came: dict[int, dict[str, Any]], said: dict[str, Any]
+) -> str | None:
+  index, count, who = said["index"], said["count"], said["who"]
+  if count != place.count:
+    return (
+      f"process {index} ({who}) was started as one of {count} processes, "
+      f"process 0 ({came[0]['who']}) as one of {place.count}: give all of them "
+      "the same number"
+    )
+  if index in came:
+    return (
+      f"number {index} of {count} was given to two processes, "
+      f"{came[index]['who']} and {who}: number them from 0 to {count - 1}"
+    )
+  return None
+
+
+def _visit(
+  place: Place, hello: dict[str, Any], deadline: float, seconds: float
+) -> str | None:
+  """Another process: what process 0 finds wrong."""
+  host, _, port = place.address.rpartition(":")
+  while True:
+    left = deadline - time.monotonic()
+    if left <= 0:
+      return (
+        f"process {place.index} of {place.count} got no answer from process 0 "
+        f"at {place.address} within {seconds:g} s: start process 0 too, and "
+        "see that the address is its own and the port open"
+      )
+    with contextlib.suppress(OSError):
+      with socket.create_connection((host, int(port)), timeout=left) as link:
+        link.sendall(json.dumps(hello).encode() + b"\n")
+        # Process 0 may still be waiting for the others.
+        said = _read(link, left + 5.0)
+      if said is not None:
+        if "wrong" in said:
+          return said["wrong"]
+        return (
+          f"process {place.index} of {place.count} came to a run at "
+          f"{place.address} that has begun without it, or to another program: "
+          "its number is taken or too large, or the port is in use"
+        )
+    time.sleep(_PAUSE)  # not there yet, or gone before it answered
+
+
+def _listen(address: str) -> socket.socket:
+  host, _, port = address.rpartition(":")
+  try:
+    if is_local(address):
+      return socket.create_server((host, int(port)))
+    if socket.has_dualstack_ipv6():
+      return socket.create_server(
+        ("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True
+      )
+    return socket.create_server(("", int(port)))
+  except OSError as error:
+    raise UserError(
+      f"process 0 cannot listen at {address} ({error.strerror}): another "
+      "process 0 or program has the port; choose another"
+    ) from error
+
+
+def _read(link: socket.socket, seconds: float) -> dict[str, Any] | None:
+  """A line of JSON; None if the other went, {} if it says something else."""
+  line, deadline = b"", time.monotonic() + seconds
+  while not line.endswith(b"\n"):
+    left = deadline - time.monotonic()
+    if left <= 0 or len(line) > _MOST:
+      return None
+    link.settimeout(left)
+    try:
+      part = link.recv(1 << 16)
+    except OSError:
+      return None
+    if not part:
+      return None if not line else {}
+    line += part
+    if not line.startswith(b"{"):
+      return {}
+  try:
+    return json.loads(line)
+  except ValueError:
+    return {}
+
+
+def _is_gone(link: socket.socket) -> bool:
+  """Whether the other end has closed."""
+  link.settimeout(0.0)
+  try:
+    return not link.recv(1, socket.MSG_PEEK)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
