@@ -168,7 +168,7 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
       waiting(source, rows, 8 + 2 * rounds) for rows in (4, 8, 16, 32)
     ]
   best = max(row["images_per_core_second"] for row in found["threads"])
-  found["cores"] = {
+  found["cores_needed"] = {
     str(rows): rows / best / COMPUTES for rows in (32, 128, 256, 1024)
   }
   found["load"] = os.getloadavg()[0]
@@ -198,7 +198,7 @@ def main() -> None:
       f"  batch {row['batch_size']:4}: input wait {row['input_wait']:.1%} of a "
       "step of 100 ms"
     )
-  for rows, cores in found["cores"].items():
+  for rows, cores in found["cores_needed"].items():
     print(f"  batch {rows:>4} needs {cores:.1f} cores")
   save(given.out, **found)
 
