@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +175,14 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
   return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--images", type=int, default=128)
   parser.add_argument("--rounds", type=int, default=12)
   parser.add_argument(
     "--out", type=Path, default=RESULTS / "input_pipeline.json"
   )
-  given = parser.parse_args()
+  given = parser.parse_args(arguments)
   found = measure(given.images, given.rounds)
   print(f"{found['bytes'] / 1e3:.0f} kB an image")
   for name, value in found["parts"].items():
