@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,14 +180,14 @@ def measure(arrays: int, steps: int, blocks: int) -> dict[str, Any]:
   }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--steps", type=int, default=300)
   parser.add_argument("--blocks", type=int, default=9)
   parser.add_argument(
     "--out", type=Path, default=RESULTS / "host_overhead.json"
   )
-  given = parser.parse_args()
+  given = parser.parse_args(arguments)
   rows = []
   for arrays in (10, 300):
     rows.append(measure(arrays, given.steps, given.blocks))

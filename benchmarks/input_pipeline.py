@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,21 +168,21 @@ def measure(count: int, rounds: int) -> dict[str, Any]:
       waiting(source, rows, 8 + 2 * rounds) for rows in (4, 8, 16, 32)
     ]
   best = max(row["images_per_core_second"] for row in found["threads"])
-  found["cores"] = {
+  found["cores_needed"] = {
     str(rows): rows / best / COMPUTES for rows in (32, 128, 256, 1024)
   }
   found["load"] = os.getloadavg()[0]
   return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--images", type=int, default=128)
   parser.add_argument("--rounds", type=int, default=12)
   parser.add_argument(
     "--out", type=Path, default=RESULTS / "input_pipeline.json"
   )
-  given = parser.parse_args()
+  given = parser.parse_args(arguments)
   found = measure(given.images, given.rounds)
   print(f"{found['bytes'] / 1e3:.0f} kB an image")
   for name, value in found["parts"].items():
@@ -198,7 +198,7 @@ def main() -> None:
       f"  batch {row['batch_size']:4}: input wait {row['input_wait']:.1%} of a "
       "step of 100 ms"
     )
-  for rows, cores in found["cores"].items():
+  for rows, cores in found["cores_needed"].items():
     print(f"  batch {rows:>4} needs {cores:.1f} cores")
   save(given.out, **found)
 

@@ -248,6 +248,25 @@ def test_lm_step_tells_every_ratio(script, tmp_path, capsys):
   assert rows["time"] > 0
 
 
+def test_host_overhead_runs_both_ways(script, tmp_path):
+  out = tmp_path / "results.json"
+  script("host_overhead").main(f"--steps 12 --blocks 1 --out {out}".split())
+  rows = json.loads(out.read_text())["rows"]
+  assert [row["arrays"] for row in rows] == [10, 300]
+  assert all(row["loop_ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_input_pipeline_reads_what_it_wrote(script, tmp_path):
+  out = tmp_path / "results.json"
+  script("input_pipeline").main(f"--images 8 --rounds 1 --out {out}".split())
+  found = json.loads(out.read_text())
+  assert 95_000 < found["bytes"] < 120_000
+  assert all(0 <= row["input_wait"] < 1 for row in found["wait"])
+  needed = found["cores_needed"]
+  assert needed["1024"] == pytest.approx(32 * needed["32"])
+
+
 @pytest.mark.parity
 def test_both_sides_of_the_torch_step_take_the_same_steps(script):
   make = script("torch_lm_step").make_step

@@ -77,6 +77,8 @@ def test_only_among_steps_is_one_overdue():
       time.passes(7)
       assert clock.overdue() == (7.0, 5.0)
     assert clock.overdue() == (7.0, 5.0)
+    clock.tick()  # of 7 s
+    assert clock.overdue() == (0.0, 6.0)
 
 
 def test_one_note_for_one_stall(monkeypatch):

@@ -259,7 +259,7 @@ def test_a_leap_is_told_once_a_window():
   calm = [1.0 + 0.1 * x for x in draw.uniform(-1, 1, 200)]
   told = {}
   for step, loss in enumerate(calm):
-    loss = 3.0 if step in (10, 50, 52, 120) else loss
+    loss = {10: 3.0, 50: 3.0, 52: 99.0, 120: 3.0}.get(step, loss)
     told[step] = spikes(step, loss)
   # At 10 the window was not full; 52 is within a window of 50.
   assert [n for n, line in told.items() if line] == [50, 120]

@@ -140,8 +140,11 @@ def test_a_second_start_trains_nothing_and_tells_the_same(
   assert run("digits.py:smoke", workdir, data_dir) == 0
   assert capsys.readouterr().err.count("nothing to train") == 3
   assert (workdir / "results.json").read_text() == before
-  # More seeds may be added to what is there.
-  assert run("digits.py:smoke", workdir, data_dir, "--config.seeds=2") == 0
+  # More seeds may be added to what is there, or one looks closer at it.
+  more = ("--config.seeds=2", "--config.profile=1", "--config.hang_minutes=9.0")
+  assert run("digits.py:smoke", workdir, data_dir, *more) == 0
+  traced = (workdir / "seed_1").glob("*/profile/plugins/profile/*/*.xplane.pb")
+  assert len(list(traced)) == 3
   told = capsys.readouterr()
   assert told.err.count("nothing to train") == 3
   assert "2 seeds" in told.out
@@ -192,6 +195,9 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
     ("--config.phases.alone.mixup=-1.0", "mixup is -1.0, must be at least 0"),
     ("--config.seeds=0", "seeds is 0, must be at least 1"),
     ("--config.save_every=0", "save_every is 0, must be at least 1"),
+    ("--config.on_nan=maybe", "unknown on_nan 'maybe': known: skip, stop"),
+    ("--config.profile=-1", "profile is -1, must be at least 0"),
+    ("--config.hang_minutes=-1.0", "hang_minutes is -1.0, must be at least 0"),
     (
       "--config.phases.teacher.steps=0",
       "phases.teacher.steps is 0 and teacher.checkpoint is empty",
