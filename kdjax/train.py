@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
     print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
-  return processes.run(functools.partial(_run, argv))
+  return processes.run(functools.partial(_run, argv), {errors.UserError: 2})
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,25 +106,31 @@ def wait_for_all(name: str) -> None:
     signs.client().wait_at_barrier(f"kdjax/{name}", 24 * 3600 * 1000)
 
 
-def run(body: Callable[[], int]) -> int:
+def run(body: Callable[[], int], codes: Mapping[type[Exception], int]) -> int:
   """`body()`, whose failure ends the other processes too; the exit code.
 
+  Args:
+    body: all that the process does, `initialize` included.
+    codes: exceptions whose text tells the user enough, and the exit code of
+      each.
+
   Returns:
-    What `body` returns; 2 after a `UserError`, 130 after Ctrl-C, 75 where
-    another process was lost, 1 after any other error. One of several processes
-    does not return from a failure: an ordinary end of the interpreter would
-    wait for the others.
+    What `body` returns, or the code of its exception; 130 after Ctrl-C, 75
+    where another process was lost, 1 after any other error. One of several
+    processes does not return from a failure: an ordinary end of the interpreter
+    would wait for the others.
 
   Raises:
     Exception: any other, of a process that is alone.
   """
   try:
     return body()
-  except UserError as error:
-    return _leave(2, f"kdjax: {error}")
   except KeyboardInterrupt:
     return _leave(130, "kdjax: stopped; the same command goes on from here")
   except Exception as error:
+    for kind, code in codes.items():
+      if isinstance(error, kind):
+        return _leave(code, f"kdjax: {error}")
     if _crew is None:
       raise
     if _was_lost(error):

@@ -83,6 +83,7 @@ def test_a_mistake_that_all_find_is_told_once(tmp_path):
   assert other_said == ""
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_one_line(tmp_path):
   with Run("loop", 2, tmp_path) as run:
     run.reach(3)

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from kdjax.processes import crew, signs
 
 
@@ -45,15 +47,17 @@ def test_alone_everything_is_as_without(capsys):
   assert crew.lead()
   crew.wait_for_all("anything")
   crew.initialize(None, {})
-  assert crew.run(lambda: 5) == 5
+  assert crew.run(lambda: 5, {}) == 5
 
   def refuse():
     raise crew.UserError("not so")
 
-  assert crew.run(refuse) == 2
+  assert crew.run(refuse, {crew.UserError: 2}) == 2
   assert capsys.readouterr().err == "kdjax: not so\n"
+  with pytest.raises(crew.UserError, match="not so"):
+    crew.run(refuse, {KeyError: 3})
 
   def interrupt():
     raise KeyboardInterrupt
 
-  assert crew.run(interrupt) == 130
+  assert crew.run(interrupt, {}) == 130

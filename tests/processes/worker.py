@@ -49,7 +49,7 @@ def main(argv=None):
     )
     return TASKS[given.task](given)
 
-  return processes.run(body)
+  return processes.run(body, {UserError: 2})
 
 
 def meet(given):
