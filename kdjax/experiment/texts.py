@@ -70,7 +70,7 @@ class TextExperiment:
       self.teacher,
       self.goal,
       self.optimizers["distilled"],
-      self.example,
+      phases.batch_shapes(self.example, config.data.batch_size),
       **given,
       **self._views(taught=True),
       layout=self.layout,
