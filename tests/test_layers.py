@@ -23,7 +23,7 @@ ROWS = [
   {"objective"},
   {"term_inputs"},
   {"totals", "projectors"},
-  {"adapters", "parallel", "terms", "generate", "importance"},
+  {"adapters", "parallel", "terms", "generate", "importance", "agreement"},
   {"train_step", "evaluate", "pretrained", "simkd", "inherit"},
   {"checkpoint", "feed", "metrics", "preflight", "memory_plan"},
   {"loop"},
