@@ -112,8 +112,8 @@ def _reason(error: BaseException) -> str | None:
     return str(error)
   if isinstance(error, OSError) and error.errno in _NUMBERS:
     return os.strerror(error.errno)
-  # TensorStore: "... [OS error 28: ENOSPC No space left on device] ...".
-  found = re.search(r"OS error (\d+)", str(error))
+  # TensorStore raises a ValueError: "... File too large [os_error_code='27']".
+  found = re.search(r"os_error_code='(\d+)'", str(error))
   if found and int(found[1]) in _NUMBERS:
     return os.strerror(int(found[1]))
   return None

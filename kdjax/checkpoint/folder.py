@@ -9,13 +9,12 @@ that it cannot read (`newest` does).
 
 import base64
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import absl.logging
-import numpy as np
 import orbax.checkpoint as ocp
 
 from kdjax import agreement
@@ -63,6 +62,7 @@ class Checkpointer:
     self._resumed: int | None = None
     self._manager: ocp.CheckpointManager | None = None
     self._saving: tuple[int, int] | None = None  # step, bytes
+    self._failed = False
     self._barrier = disk.Barrier()
     if agreement.of_first(self._directory.exists()):
       self._open()
@@ -130,11 +130,8 @@ class Checkpointer:
       "metrics": metrics,
       "arrays": records,
     }
-    self._saving = (
-      step,
-      sum(np.dtype(x.dtype).itemsize * x.size for x in values.values()),
-    )
-    with _quiet(), self._told():
+    self._saving = step, sum(x.nbytes for x in values.values())
+    with self._told():
       manager.save(
         step,
         args=ocp.args.Composite(
@@ -161,7 +158,7 @@ class Checkpointer:
     """Returns when the last save is on disk; raises what made it fail."""
     if self._manager is None:
       return
-    with _quiet(), self._told():
+    with self._told():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
@@ -171,10 +168,13 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
-        manager.close()
+        # After a failure that was told, Orbax raises it again.
+        with contextlib.suppress(*[Exception] * self._failed):
+          manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
+      logging.getLogger("absl").addFilter(_not_of_orbax)
       with self._told():
         self._manager = _Manager(
           self._directory,
@@ -204,6 +204,7 @@ class Checkpointer:
     try:
       yield
     except BaseException as error:
+      self._failed = True
       self._barrier.fail()
       if self._manager is not None:
         # Orbax has struck the old steps off its list before it wrote the new.
@@ -270,12 +271,6 @@ class _Keep(NamedTuple):
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Without Orbax's warning that the last save took longer than a second."""
-  level = absl.logging.get_verbosity()
-  absl.logging.set_verbosity(absl.logging.ERROR)
-  try:
-    yield
-  finally:
-    absl.logging.set_verbosity(level)
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  """Leaves out what Orbax logs: each of its failures is raised here too."""
+  return "orbax" not in record.pathname
