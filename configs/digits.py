@@ -102,6 +102,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.terms = ConfigDict()
 
   c.save_every = 3 if smoke else 200
+  c.save_minutes = 0.0  # more checkpoints by the clock; 0 = none
   c.keep_last = 2
   c.keep_best = 1
   return c

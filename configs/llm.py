@@ -93,6 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.sample.top_p = 1.0
 
   c.save_every = 3 if smoke else 200
+  c.save_minutes = 0.0  # more checkpoints by the clock; 0 = none
   c.keep_last = 2
   c.keep_best = 1
   return c

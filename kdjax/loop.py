@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -24,6 +24,7 @@ from kdjax import (
   memory_plan,
   objective,
   parallel,
+  preemption,
 )
 from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.feed import Feed
@@ -31,6 +32,7 @@ from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.preflight import check_outputs
+from kdjax.save_clock import SaveClock
 from kdjax.train_step import (
   StudentOf,
   TeacherOf,
@@ -90,6 +92,7 @@ def distill(
   layout: fused.Layout | None = None,
   folder: str | Path | None = None,
   save_every: int = 1000,
+  save_minutes: float = 0,
   keep_last: int = 2,
   keep_best: int = 1,
   name: str = "distilling",
@@ -121,6 +124,8 @@ def distill(
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
     save_every: updates between evaluations and checkpoints.
+    save_minutes: between checkpoints at other updates, without evaluation; 0
+      makes none.
     keep_last, keep_best: checkpoints kept: the newest, and those with the
       lowest `eval/nll`.
     name: shown in the terminal.
@@ -129,13 +134,15 @@ def distill(
   Raises:
     UserError: for mistakes found before the first update.
     DivergedError: when a loss or gradient is not finite, naming the update.
+    preemption.Preempted: on SIGTERM, after a checkpoint of the last update.
   """
   mesh = mesh or parallel.make_mesh()
   layout = layout or fused.over(mesh)
   optimizer = optimizer or optax.adamw(1e-3)
-  if steps < 1 or save_every < 1:
+  if steps < 1 or save_every < 1 or save_minutes < 0:
     raise errors.UserError(
-      f"got steps={steps}, save_every={save_every}: both must be at least 1"
+      f"got steps={steps}, save_every={save_every}, save_minutes="
+      f"{save_minutes}: needs at least 1, 1 and 0"
     )
   goal = _goal(terms, teacher)
   objective.check(goal, steps, has_teacher=teacher is not None)
@@ -187,9 +194,10 @@ def distill(
     shardings,
   )
   tell = functools.partial(print, file=sys.stderr)
-  facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
+  facts = {"teacher": checkpoint.fingerprint(frozen)}
   with contextlib.ExitStack() as stack:
     saver, position = None, None
+    told_to_stop = stack.enter_context(preemption.watched())
     if folder is not None:
       saver = checkpoint.Checkpointer(
         Path(folder) / "checkpoints",
@@ -233,22 +241,33 @@ def distill(
         student_of,
       )
     pending, last = None, {}
+    clock = SaveClock(save_minutes if saver is not None else 0)
     for step in range(start + 1, steps + 1):
+      if told_to_stop():
+        if pending is not None:
+          _report(*pending, write, bar)
+        _leave(saver, step - 1, state, start, name, feed.position, facts)
       batch = parallel.put_batch(next(feed), mesh)
       state, measured = step_fn(state, frozen, batch)
       # The device computes this step while the host reads the one before.
       if pending is not None:
         last = _report(*pending, write, bar)
       pending = step, measured
-      if step % save_every == 0 or step == steps:
+      evaluates = step % save_every == 0 or step == steps
+      if clock.due() or evaluates:
         # Saved only once the step's own metrics were seen to be finite.
         last, pending = _report(*pending, write, bar), None
-        if test is not None:
+        if evaluates and test is not None:
           last |= _report(step, test(state), write, bar)
         if saver is not None:
           saver.save(
-            step, state, position=feed.position, facts=facts, metrics=last
+            step,
+            state,
+            position=feed.position,
+            facts=facts,
+            metrics=last if evaluates else None,
           )
+        clock.saved()
     if not last and test is not None:
       last = test(state)
   return Distilled(state, last)
@@ -284,6 +303,32 @@ def _restore(
       "teacher, or another workdir"
     )
   return restored.state, restored.position
+
+
+def _leave(
+  saver: checkpoint.Checkpointer | None,
+  step: int,
+  state: TrainState,
+  start: int,
+  name: str,
+  position: Any,
+  facts: dict[str, Any],
+) -> NoReturn:
+  """Ends the run after `step`, which is on disk then.
+
+  Raises:
+    Preempted: always.
+  """
+  told = f"{name}: stopped by SIGTERM at step {step}"
+  if saver is None:
+    raise preemption.Preempted(f"{told}; there is no folder to save it into")
+  if step > start:
+    saver.save(step, state, position=position, facts=facts)
+  saver.wait()
+  saved = "which is saved" if step else "where there is nothing to save"
+  raise preemption.Preempted(
+    f"{told}, {saved}; the same command goes on from here"
+  )
 
 
 def _report(

@@ -8,14 +8,16 @@
   --workdir=FOLDER      for checkpoints, metrics and results.json
   --help                this text
 
-Killed and started again, the same line goes on where it was. Exit codes: 0
-done, 2 a mistake that the message explains.
+Killed and started again, the same line goes on where it was; on SIGTERM it
+saves first. Exit codes: 0 done, 2 a mistake that the message explains, 143
+stopped by SIGTERM.
 """
 
 import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import kdjax.config as configuration
-from kdjax import errors, metrics, report
+from kdjax import errors, metrics, preemption, report
 from kdjax.experiment import experiment, run
 
 
@@ -48,7 +50,20 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
 
 
 def _claim(workdir: Path, config: Any) -> None:
-  """Writes the config into a new folder; refuses one of another config."""
+  """Writes the config into a new folder; refuses one of another config.
+
+  Raises:
+    UserError: it is another config's, or it cannot be written into.
+  """
+  try:
+    _write_config(workdir, config)
+  except OSError as error:
+    raise errors.UserError(
+      f"cannot write into --workdir {workdir} ({error.strerror}): use another"
+    ) from error
+
+
+def _write_config(workdir: Path, config: Any) -> None:
   ours = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
   if path.exists():
@@ -101,6 +116,9 @@ def main(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("kdjax: stopped; the same command goes on from here", file=sys.stderr)
     return 130
+  except preemption.Preempted as told:
+    print(f"kdjax: {told}", file=sys.stderr)
+    return 128 + signal.SIGTERM
   print(report.table(results))
   return 0
 

@@ -190,7 +190,7 @@ def _read(
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
   """What was saved beside the arrays; raises if it is damaged."""
-  meta = ocp.JsonCheckpointHandler().restore(path / "meta")
+  meta = dict(ocp.JsonCheckpointHandler().restore(path / "meta"))
   crc32 = meta.pop("crc32")
   if sealed(meta)["crc32"] != crc32:
     raise ValueError("the checksum of meta differs")

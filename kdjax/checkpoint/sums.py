@@ -60,9 +60,11 @@ def sums(arrays: Mapping[str, Any]) -> dict[str, str]:
       on_devices[name] = _of_array(leaf)  # of all before any is waited for
   found = _of_parts(on_host)
   if in_parts and jax.process_count() > 1:
-    own = {name: found[name].tolist() for name in sorted(in_parts)}
-    for name, *lanes in zip(own, *(g.values() for g in agreement.gather(own))):
-      found[name] = np.sum(np.asarray(lanes, np.uint32), 0, np.uint32)
+    own = {name: found[name].tolist() for name in in_parts}
+    everyones = agreement.gather(own)
+    for name in in_parts:
+      lanes = np.asarray([theirs[name] for theirs in everyones], np.uint32)
+      found[name] = np.sum(lanes, 0, np.uint32, keepdims=True)[0]
   found |= jax.device_get(on_devices)
   return {name: f"{found[name][0]:08x}{found[name][1]:08x}" for name in arrays}
 
@@ -72,7 +74,7 @@ def sums(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 @jax.jit
-def _of_array(x: Array) -> UInt32[Array, "2"]:
+def _of_array(x: Array) -> UInt32[Array, " lanes"]:
   words = _words(x)
 
   def lane(mixer: tuple[int, ...], seed: int) -> Array:

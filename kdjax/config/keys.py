@@ -47,6 +47,7 @@ _EVERY_TASK: dict[str, Any] = {
   "soft": ...,
   "terms": ...,
   "save_every": int,
+  "save_minutes": float,
   "keep_last": int,
   "keep_best": int,
 }

@@ -157,6 +157,7 @@ def of_distill(
     settings={"phase": phase, **configuration.flat(config.to_dict())},
     seed=seed,
     save_every=config.save_every,
+    save_minutes=config.save_minutes,
     keep_last=config.keep_last,
     keep_best=config.keep_best,
     name=f"{phase} (seed {seed})",
