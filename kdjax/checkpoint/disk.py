@@ -14,10 +14,8 @@ from jax._src import distributed  # JAX has no public way to its key-value store
 
 from kdjax.errors import UserError
 
-_NUMBERS = {
-  errno.ENOSPC,
-  errno.EFBIG,
-  errno.EDQUOT,
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_FORBIDDEN = {
   errno.EROFS,
   errno.EACCES,
   errno.EPERM,
@@ -36,7 +34,7 @@ def trouble(
   error: BaseException,
   directory: epath.Path,
   *,
-  step: int | None,
+  step: int,
   size: int,
   steps: Sequence[int],
 ) -> UserError | None:
@@ -45,18 +43,22 @@ def trouble(
   Args:
     error: what was raised, by Python or by TensorStore.
     directory: that was to be written into.
-    step: that was being saved, None if the folder could not be made.
+    step: that was being saved.
     size: bytes of its arrays.
     steps: the complete checkpoints there are.
   """
-  why = _reason(error)
-  if why is None:
-    return None
-  if step is None:
+  number = _number(error)
+  if number in _FORBIDDEN:
     return UserError(
-      f"cannot write into {directory} ({why}): give a folder that can be "
-      "written into"
+      f"cannot write into {directory} ({os.strerror(number)}): give a folder "
+      "that can be written into"
     )
+  if isinstance(error, SaveFailed):
+    why = str(error)
+  elif number in _FULL:
+    why = os.strerror(number)
+  else:
+    return None
   kept = (
     f"step {steps[-1]} is the last good checkpoint"
     if steps
@@ -107,16 +109,13 @@ class Barrier:
       client.key_value_set(here, str(jax.process_index()), allow_overwrite=True)
 
 
-def _reason(error: BaseException) -> str | None:
-  if isinstance(error, SaveFailed):
-    return str(error)
-  if isinstance(error, OSError) and error.errno in _NUMBERS:
-    return os.strerror(error.errno)
+def _number(error: BaseException) -> int:
+  """The system's for what went wrong, 0 if it has none."""
+  if isinstance(error, OSError):
+    return error.errno or 0
   # TensorStore raises a ValueError: "... File too large [os_error_code='27']".
   found = re.search(r"os_error_code='(\d+)'", str(error))
-  if found and int(found[1]) in _NUMBERS:
-    return os.strerror(int(found[1]))
-  return None
+  return int(found[1]) if found else 0
 
 
 def _free(directory: epath.Path) -> str:

@@ -61,7 +61,7 @@ class Checkpointer:
     self._sound: set[int] = set()  # steps written or verified by this object
     self._resumed: int | None = None
     self._manager: ocp.CheckpointManager | None = None
-    self._saving: tuple[int, int] | None = None  # step, bytes
+    self._saving = 0, 0  # step, bytes
     self._failed = False
     self._barrier = disk.Barrier()
     if agreement.of_first(self._directory.exists()):
@@ -209,9 +209,8 @@ class Checkpointer:
       if self._manager is not None:
         # Orbax has struck the old steps off its list before it wrote the new.
         self._manager.reload()
-      step, size = self._saving or (None, 0)
-      if step is not None:
-        self._sound.discard(step)
+      step, size = self._saving
+      self._sound.discard(step)
       trouble = disk.trouble(
         error, self._directory, step=step, size=size, steps=self.steps
       )

@@ -64,7 +64,7 @@ def sums(arrays: Mapping[str, Any]) -> dict[str, str]:
     everyones = agreement.gather(own)
     for name in in_parts:
       lanes = np.asarray([theirs[name] for theirs in everyones], np.uint32)
-      found[name] = np.sum(lanes, 0, np.uint32, keepdims=True)[0]
+      found[name] = np.asarray(lanes.sum(0, np.uint32))
   found |= jax.device_get(on_devices)
   return {name: f"{found[name][0]:08x}{found[name][1]:08x}" for name in arrays}
 
