@@ -126,11 +126,14 @@ def test_a_disk_that_is_full_for_one_stops_all(tmp_path):
 @pytest.mark.parametrize("told", [0, 1])
 def test_sigterm_to_one_of_two_saves_the_same_step_in_both(tmp_path, told):
   workers = start("sigterm", [tmp_path] * 2, 2, (2, 2))
-  for worker in workers:
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == "running\n"
-  workers[told].send_signal(signal.SIGTERM)
+  try:
+    for worker in workers:
+      assert worker.stdout is not None
+      assert "running\n" in worker.stdout  # reads up to it
+    workers[told].send_signal(signal.SIGTERM)
+  except BaseException:
+    for worker in workers:
+      worker.kill()
+    raise
   first, second = finish(workers, code=143)
-  (step,) = checkpoint.steps(tmp_path / "checkpoints")
-  assert first == second
-  assert f"stopped by SIGTERM at step {step}, which is saved" in first
+  assert [first] == [second] == checkpoint.steps(tmp_path)
