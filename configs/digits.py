@@ -110,6 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.show_sharding = False  # True = a table of what lies where
 
   c.save_every = 3 if smoke else 200
+  c.save_minutes = 0.0  # more checkpoints by the clock; 0 = none
   c.keep_last = 2
   c.keep_best = 1
   c.on_nan = "stop"  # or "skip": leave out an update that is not finite

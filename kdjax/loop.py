@@ -25,6 +25,7 @@ from kdjax import (
   memory_plan,
   objective,
   parallel,
+  preemption,
   processes,
   stepping,
 )
@@ -39,6 +40,7 @@ from kdjax.objective import Objective, Term, hinton
 from kdjax.perf import Meter
 from kdjax.preflight import check_outputs
 from kdjax.profiling import Profile
+from kdjax.save_clock import SaveClock
 from kdjax.train_step import (
   StudentOf,
   TeacherOf,
@@ -97,6 +99,7 @@ def distill(
   show_sharding: bool = False,
   folder: str | Path | None = None,
   save_every: int = 1000,
+  save_minutes: float = 0,
   keep_last: int = 2,
   keep_best: int = 1,
   on_nan: str = "stop",
@@ -134,6 +137,8 @@ def distill(
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
     save_every: updates between evaluations and checkpoints.
+    save_minutes: between checkpoints at other updates, without evaluation; 0
+      makes none.
     keep_last, keep_best: checkpoints kept: the newest, and those with the
       lowest `eval/nll`.
     on_nan: what becomes of an update whose loss or gradient is not finite:
@@ -149,6 +154,7 @@ def distill(
     UserError: for mistakes found before the first update.
     DivergedError: when a loss or gradient is not finite, naming the step; of
       skipped updates, when there are too many in a row.
+    preemption.Preempted: on SIGTERM, after a checkpoint of the last update.
   """
   clock = Clock()
   health.check_settings(on_nan, profile, hang_minutes)
@@ -157,9 +163,10 @@ def distill(
   optimizer = optimizer or optax.adamw(1e-3)
   if on_nan == "skip":
     optimizer = health.guarded(optimizer)
-  if steps < 1 or save_every < 1:
+  if steps < 1 or save_every < 1 or save_minutes < 0:
     raise errors.UserError(
-      f"got steps={steps}, save_every={save_every}: both must be at least 1"
+      f"got steps={steps}, save_every={save_every}, save_minutes="
+      f"{save_minutes}: needs at least 1, 1 and 0"
     )
   goal = _goal(terms, teacher)
   objective.check(goal, steps, has_teacher=teacher is not None)
@@ -225,9 +232,10 @@ def distill(
   quiet = quiet or not processes.lead()
   print_note = functools.partial(print, file=sys.stderr)
   tell = print_note if processes.lead() else (lambda _: None)
-  facts = {"teacher": checkpoint.fingerprint(teacher_variables)}
+  facts = {"teacher": checkpoint.fingerprint(frozen)}
   with contextlib.ExitStack() as stack:
     saver, position, start = None, None, 0
+    told_to_stop = stack.enter_context(preemption.watched())
     if folder is not None:
       saver = checkpoint.Checkpointer(
         Path(folder) / "checkpoints",
@@ -295,6 +303,8 @@ def distill(
         report=stepping.Report(name, steps, bar, write, clock, meter, on_nan),
         profile=tracing,
         save_every=save_every,
+        save_clock=SaveClock(save_minutes if saver is not None else 0),
+        told_to_stop=told_to_stop,
         evaluate=test,
         save=saver and _save(saver, feed, facts, account),
       )
@@ -349,10 +359,12 @@ def _save(
   feed: Feed,
   facts: dict[str, Any],
   account: Goodput,
-) -> Callable[[int, TrainState, dict[str, float]], None]:
+) -> stepping.Save:
   """Keeps a state, where the input stands, and the time it all took."""
 
-  def save(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+  def save(
+    step: int, state: TrainState, metrics: dict[str, float] | None
+  ) -> None:
     saver.save(
       step, state, position=feed.position, facts=facts, metrics=metrics
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jaxtyping import PyTree
@@ -11,11 +11,15 @@ from kdjax import health
 from kdjax.clock import Clock
 from kdjax.metrics import Progress, Writer
 from kdjax.perf import EVERY, Meter
+from kdjax.preemption import Preempted
 from kdjax.profiling import Profile
+from kdjax.save_clock import SaveClock
 from kdjax.train_step import TrainStep
 from kdjax.types import Batch, TrainState
 
 Metrics = dict[str, float]
+# (step, state, its metrics; None where it was not evaluated)
+Save = Callable[[int, TrainState, Metrics | None], None]
 
 
 @dataclasses.dataclass
@@ -85,8 +89,10 @@ def run(
   report: Report,
   profile: Profile,
   save_every: int,
+  save_clock: SaveClock,
+  told_to_stop: Callable[[], bool],
   evaluate: Callable[[TrainState], Metrics] | None = None,
-  save: Callable[[int, TrainState, Metrics], None] | None = None,
+  save: Save | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Steps `start` + 1 to the last; returns the state and the last metrics.
 
@@ -99,12 +105,23 @@ def run(
     report: gets every step's metrics.
     profile: traces some of them.
     save_every: steps between evaluations and saves; the last has both.
+    save_clock: says when else to save, without evaluation.
+    told_to_stop: asked before every step.
     evaluate: what a state comes to on held-out data.
-    save: keeps a state, with the metrics of its step.
+    save: begins to keep a state; is waited for by whoever made it.
+
+  Raises:
+    Preempted: told to stop, and the last step is being saved.
+    DivergedError: see `health.judge`.
   """
   clock = report.clock
   pending, last = None, {}
   for step in range(start + 1, report.steps + 1):
+    if told_to_stop():
+      if pending is not None:
+        report.update(*pending)
+      new = step > start + 1
+      _leave(step - 1, state, save, report.name, new=new)
     profile.before(step)
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
       with clock.at("input"):
@@ -115,16 +132,31 @@ def run(
         last = report.update(*pending)
     pending = step, measured
     profile.after(step, measured)
-    if step % save_every == 0 or step == report.steps:
+    evaluates = step % save_every == 0 or step == report.steps
+    if save_clock.due() or evaluates:
       # Saved only once the step's own metrics were seen to be finite.
       last, pending = report.update(*pending), None
-      if evaluate is not None:
+      if evaluates and evaluate is not None:
         with clock.at("evaluation"):
           last |= report.evaluation(step, evaluate(state))
       if save is not None:
         with clock.at("saving"):
-          save(step, state, last)
+          save(step, state, last if evaluates else None)
+      save_clock.saved()
   return state, last
+
+
+def _leave(
+  step: int, state: TrainState, save: Save | None, name: str, *, new: bool
+) -> NoReturn:
+  """Saves what is new and ends the run."""
+  told = f"{name}: stopped by SIGTERM at step {step}"
+  if save is None:
+    raise Preempted(f"{told}; there is no folder to save it into")
+  if new:
+    save(step, state, None)
+  saved = "which is saved" if step else "where there is nothing to save"
+  raise Preempted(f"{told}, {saved}; the same command goes on from here")
 
 
 def fetch(measured: Mapping[str, Any]) -> Metrics:

@@ -19,10 +19,11 @@ see also `python -m kdjax.launch --help` and the folder launch/.
   --lost_seconds=S         after so long without a sign of life a process counts
                            as lost, and all end (60)
 
-Killed and started again, the same line goes on where it was. Exit codes: 0
-done, 1 an error in the program, 2 a mistake that the message explains, 75
-another process of the run was lost, 76 no step for --config.hang_minutes, 130
-Ctrl-C; 134 lost too, where jax itself noticed. After 75 and above, start again.
+Killed and started again, the same line goes on where it was; on SIGTERM it
+saves first. Exit codes: 0 done, 1 an error in the program, 2 a mistake that the
+message explains, 75 another process of the run was lost, 76 no step for
+--config.hang_minutes, 130 Ctrl-C, 143 SIGTERM; 134 lost too, where jax itself
+noticed. After 75 and above, start again.
 """
 
 import functools
@@ -30,6 +31,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +42,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import kdjax.config as configuration
-from kdjax import errors, metrics, processes, report
+from kdjax import errors, metrics, preemption, processes, report
 from kdjax.experiment import experiment, run
+
+_CODES = {errors.UserError: 2, preemption.Preempted: 128 + signal.SIGTERM}
 
 # Keys that change nothing of what a run has made so far: more seeds have
 # folders of their own, and a state may lie on other devices than it did.
@@ -79,7 +83,20 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
 
 
 def _claim(workdir: Path, config: Any) -> None:
-  """Writes the config into a new folder; refuses one of another config."""
+  """Writes the config into a new folder; refuses one of another config.
+
+  Raises:
+    UserError: it is another config's, or it cannot be written into.
+  """
+  try:
+    _write_config(workdir, config)
+  except OSError as error:
+    raise errors.UserError(
+      f"cannot write into --workdir {workdir} ({error.strerror}): use another"
+    ) from error
+
+
+def _write_config(workdir: Path, config: Any) -> None:
   ours = json.loads(config.to_json_best_effort())
   path = workdir / "config.json"
   if path.exists():
@@ -113,7 +130,7 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) == 1 or set(argv) & {"--help", "-h"}:
     print((__doc__ or "").strip())
     return 2 if len(argv) == 1 else 0
-  return processes.run(functools.partial(_run, argv), {errors.UserError: 2})
+  return processes.run(functools.partial(_run, argv), _CODES)
 
 
 def _run(argv: Sequence[str]) -> int:

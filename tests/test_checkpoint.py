@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,102 @@ def no_manifest(folder):
   (folder / "state" / "manifest.ocdbt").unlink()
 
 
+def mesh_of(*shape):
+  devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+  return Mesh(devices, ("a", "b"))
+
+
+def sharded(step, mesh):
+  """A state over both axes of a mesh: arrays, a key, keys, a number."""
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+  key = jax.random.key(step)
+  params = {
+    "first": put(jax.random.normal(key, (64, LARGE // 16)), "a", "b"),
+    "second": put(-jax.random.normal(key, (64, LARGE // 16)), "a", "b"),
+    "half": put(jnp.arange(16.0, dtype=jnp.bfloat16) + step, ("b", "a")),
+    "every": put(jnp.arange(5) + step),
+  }
+  return TrainState(
+    step=put(jnp.asarray(step)),
+    params=params,
+    stats={},
+    opt_state=(),
+    key=put(jax.random.key(step, impl="rbg")),
+    term_state={"keys": put(jax.random.split(key, 8), "a")},
+  )
+
+
+def shapes(state):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+
+
+def test_from_mesh_to_mesh(tmp_path):
+  state, meshes = sharded(1, mesh_of(8, 1)), [(2, 4), (1, 1), (4, 2)]
+  for n, shape in enumerate(meshes):
+    with Checkpointer(tmp_path / str(n)) as saver:
+      saver.save(1, state)
+    like = sharded(0, mesh_of(*shape))
+    got = checkpoint.restore(tmp_path / str(n), like).state
+    again = checkpoint.restore(tmp_path / str(n), shapes(like)).state
+    for found in (got, again):
+      assert bits(found) == bits(sharded(1, mesh_of(1, 1)))
+      for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert checkpoint.fingerprint(got) == checkpoint.fingerprint(state)
+    state = got
+
+
+def swap(folder):
+  """Two arrays of one shape change places."""
+  state = sharded(50, mesh_of(2, 4))
+  params = dict(state.params)
+  params["first"], params["second"] = params["second"], params["first"]
+  other = folder.parent.parent / "swapped"
+  with Checkpointer(other) as saver:
+    saver.save(50, state.replace(params=params))
+  shutil.rmtree(folder / "state")
+  shutil.copytree(other / "50" / "state", folder / "state")
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, swap])
+def test_falls_back_from_damage_to_what_is_sharded(tmp_path, damage):
+  with Checkpointer(tmp_path / "run") as saver:
+    for step in (40, 50):
+      saver.save(step, sharded(step, mesh_of(4, 2)))
+  damage(tmp_path / "run" / "50")
+  notes = []
+  like = sharded(0, mesh_of(2, 4))
+  restored = checkpoint.restore(tmp_path / "run", like, notes.append)
+  assert restored.step == 40
+  assert bits(restored.state) == bits(sharded(40, mesh_of(1, 1)))
+  assert "step 50 is damaged" in notes[0]
+  if damage is swap:
+    assert "params/first, params/second" in notes[0]
+
+
+def test_what_is_saved_survives_the_next_steps_donation(tmp_path):
+  """Of sharded and of replicated arrays, over and over."""
+  spoil = jax.jit(
+    lambda t: jax.tree.map(lambda x: x * 0 - 7, t), donate_argnums=0
+  )
+  with Checkpointer(tmp_path, keep_last=9) as saver:
+    for step in range(1, 6):
+      state = sharded(step, mesh_of(2, 4))
+      saver.save(step, state)
+      jax.block_until_ready(spoil(state.params))
+  like = sharded(0, mesh_of(2, 4))
+  for step in range(5, 0, -1):
+    restored = checkpoint.restore(tmp_path, like)
+    assert restored.step == step
+    assert bits(restored.state) == bits(sharded(step, mesh_of(1, 1)))
+    (tmp_path / str(step)).rename(tmp_path / f"seen_{step}")
+
+
 DAMAGE = [flip, truncate, delete, flip_meta, no_manifest]
 
 
@@ -427,14 +524,49 @@ def test_a_failed_write_is_raised_and_costs_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
       saver.save(2, state)
-      with pytest.raises(Exception, match="Error writing"):
+      with pytest.raises(UserError) as error:
         saver.wait()
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot save step 2" in str(error.value)
+    assert "File too large" in str(error.value)
+    assert "MB are free" in str(error.value)
+    assert "step 1 is the last good checkpoint" in str(error.value)
+    assert "\n" not in str(error.value)
     assert saver.steps == [1]
     saver.save(2, state)
     saver.wait()
     assert saver.steps == [2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_fills_up(tmp_path):
+  small = tmp_path / "small"
+  small.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("no file system can be mounted here")
+  try:
+    state = make(size=4 * LARGE)
+    with Checkpointer(small / "run", keep_last=1) as saver:
+      saver.save(1, make(1))
+      saver.save(2, state)
+      with pytest.raises(UserError, match=r"No space left on .*step 1 is the"):
+        saver.wait()
+    # What was half-written is gone once the folder is opened again.
+    with Checkpointer(small / "run", keep_last=1) as saver:
+      assert saver.restore(make()).step == 1
+      saver.save(2, make(2))
+    assert checkpoint.steps(small / "run") == [2]
+  finally:
+    subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_into_is_told(tmp_path):
+  (tmp_path / "file").write_text("")
+  for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match=r"cannot write into .*file"):
+      Checkpointer(folder).save(1, make())
 
 
 WRITER = """

@@ -1,6 +1,7 @@
 """kill -9 at random moments of every phase, then the same final parameters.
 
-`KDJAX_KILLS` sets how often (`.ci/full`: 20).
+`KDJAX_KILLS` sets how often (`.ci/full`: 50). Every other kill waits until a
+checkpoint is being written. Another test sends SIGTERM.
 """
 
 import os
@@ -15,7 +16,7 @@ import pytest
 import tensorstore as ts
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KDJAX_KILLS", "4"))
+KILLS = int(os.environ.get("KDJAX_KILLS", "5"))
 STEPS, SEEDS = 40, 2
 PHASES = [
   f"seed_{seed}/{network}"
@@ -67,18 +68,38 @@ def reached(workdir, phase):
   return path.read_text().count("loss/total") if path.exists() else 0
 
 
-def kill_at(workdir, data_dir, phase, step, pause):
-  """Runs until `phase` is at `step` and a little longer, then kills."""
+def half_written(workdir, phase):
+  """Whether a checkpoint of the phase is being written at this moment."""
+  return any((workdir / phase / "checkpoints").glob("*checkpoint-tmp*"))
+
+
+def stop_at(workdir, data_dir, moment, how=signal.SIGKILL):
+  """Runs until a moment, then sends the signal.
+
+  Returns:
+    Whether it was running, whether in the midst of a save, its exit code, and
+    what it said.
+  """
   process = start(workdir, data_dir)
   deadline = time.monotonic() + 300
-  while reached(workdir, phase) < step and process.poll() is None:
+  phase = PHASES[moment["phase"]]
+  while reached(workdir, phase) < moment["step"] and process.poll() is None:
     assert time.monotonic() < deadline
     time.sleep(0.005)
-  time.sleep(pause)
-  was_running = process.poll() is None
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  return was_running
+  # A save may be over before it is seen, and none may come: not for long.
+  until = time.monotonic() + 2
+  while (
+    moment["in_save"]
+    and not half_written(workdir, phase)
+    and process.poll() is None
+    and time.monotonic() < until
+  ):
+    time.sleep(0.0005)
+  time.sleep(moment["pause"])
+  running, saving = process.poll() is None, half_written(workdir, phase)
+  process.send_signal(how)
+  _, error = process.communicate(timeout=120)
+  return running, running and saving, process.returncode, error
 
 
 def final_parameters(workdir):
@@ -113,22 +134,45 @@ def test_killed_anywhere_ends_with_the_same_parameters(tmp_path):
   finish(whole, data_dir)
   want = final_parameters(whole)
   draw = random.Random(0)
-  moments = sorted(
-    (PHASES.index(phase), draw.randint(1, STEPS), draw.uniform(0, 0.3))
-    for phase in (
-      PHASES[n * len(PHASES) // KILLS]
-      if len(PHASES) > KILLS
-      else PHASES[n % len(PHASES)]
-      for n in range(KILLS)
-    )
-  )
-  hit = sum(
-    kill_at(killed, data_dir, PHASES[phase], step, pause)
-    for phase, step, pause in moments
-  )
+  moments = [
+    {
+      "phase": n * len(PHASES) // KILLS,
+      "step": draw.randint(1, STEPS),
+      "in_save": n % 2 == 0,
+      # A save takes some tenths of a second here.
+      "pause": draw.uniform(0, 0.05 if n % 2 == 0 else 0.3),
+    }
+    for n in range(KILLS)
+  ]
+  moments.sort(key=lambda moment: (moment["phase"], moment["step"]))
+  stops = [stop_at(killed, data_dir, moment) for moment in moments]
+  hit = sum(running for running, *_ in stops)
+  in_save = sum(saving for _, saving, *_ in stops)
+  print(f"{hit} of {KILLS} kills hit a run, {in_save} of them in mid-save")
   assert hit >= KILLS - 1  # the last pause may outlast the run
+  assert in_save >= KILLS // 5
   finish(killed, data_dir)
   assert final_parameters(killed) == want
   assert (killed / "results.json").read_text() == (
     whole / "results.json"
   ).read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_says_so_and_the_same_command_goes_on(tmp_path):
+  data_dir = tmp_path / "data"
+  moment = {"phase": 1, "step": 10, "in_save": False, "pause": 0}
+  running, _, code, error = stop_at(
+    tmp_path / "run", data_dir, moment, signal.SIGTERM
+  )
+  assert running
+  assert code == 143
+  (line,) = [text for text in error.splitlines() if "SIGTERM" in text]
+  folder = tmp_path / "run" / PHASES[1] / "checkpoints"
+  newest = max(int(path.name) for path in folder.iterdir())
+  assert line == (
+    f"kdjax: alone (seed 0): stopped by SIGTERM at step {newest}, which is "
+    "saved; the same command goes on from here"
+  )
+  finish(tmp_path / "run", data_dir)
+  assert (tmp_path / "run" / "results.json").exists()

@@ -1,15 +1,15 @@
 """Arrays by name: the form in which a checkpoint holds a tree.
 
 The name of an array is its path ("params/dense/kernel"). A typed PRNG key is
-held as its integers and the name of its generator.
+held as its integers and the name of its generator. An array may be spread over
+the devices of several processes: each writes and reads its own part.
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,19 +19,22 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from kdjax.checkpoint.sums import sums
 from kdjax.errors import UserError
 
 
 def fingerprint(tree: PyTree) -> str:
-  """128-bit BLAKE2b, in hex, of a tree's names, dtypes, shapes and bytes.
+  """128-bit BLAKE2b, in hex, of a tree's names, dtypes, shapes and `sums`.
 
-  It depends neither on the order of insertion nor on the sharding.
+  It depends neither on the order of insertion nor on the sharding. With arrays
+  over several processes, all of them must call it.
   """
   digest = hashlib.blake2b(digest_size=16)
-  for name, leaf in sorted(named(tree).items()):
-    array = np.asarray(_data(leaf))
-    digest.update(f"{name} {_dtype(leaf)} {array.shape}\n".encode())
-    digest.update(_bytes(array))
+  leaves = named(tree)
+  found = sums({name: _data(leaf) for name, leaf in leaves.items()})
+  for name, leaf in sorted(leaves.items()):
+    shape = tuple(_data_shape(leaf))
+    digest.update(f"{name} {_dtype(leaf)} {shape} {found[name]}\n".encode())
   return digest.hexdigest()
 
 
@@ -71,27 +74,23 @@ def mismatches(
   ]
 
 
-def to_host(
+def to_save(
   state: PyTree,
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
-  """Copies of the arrays by name, and for each what must be recorded of it."""
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+  """The arrays by name, and for each what must be recorded of it.
+
+  The state may be donated as soon as Orbax has taken them.
+  """
   leaves = named(state)
-  data = {name: _data(leaf) for name, leaf in leaves.items()}
-  for leaf in data.values():
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()
-  # On CPU `asarray` would be a view into buffers about to be donated.
-  arrays = {name: np.array(leaf) for name, leaf in data.items()}
-  # An array sharded over processes will need one checksum for each shard, under
-  # the shard's index; here every array is whole.
+  arrays = _owned({name: _data(leaf) for name, leaf in leaves.items()})
   records = {
     name: {
       "dtype": _dtype(leaves[name]),
-      "shape": list(array.shape),
-      "stored": str(array.dtype),
-      "crc32": crc32,
+      "shape": list(arrays[name].shape),
+      "stored": str(arrays[name].dtype),
+      "sum": checksum,
     }
-    for (name, array), crc32 in zip(arrays.items(), _checksums(arrays.values()))
+    for name, checksum in sums(arrays).items()
   }
   for name, leaf in leaves.items():
     if _is_key(leaf):
@@ -100,48 +99,65 @@ def to_host(
   return {name: a for name, a in arrays.items() if a.size}, records
 
 
-def place(value: np.ndarray, like: Any, record: Mapping[str, Any]) -> Any:
-  """The value as `like` is: a key or numbers, where it lay."""
-  if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-    return value
-  array = value
-  if _is_key(like):
-    array = jax.random.wrap_key_data(jnp.asarray(value), impl=record["impl"])
-  # An uncommitted array stays so: committed to one device it could not meet
-  # those that span several.
-  committed = getattr(like, "committed", True)
-  return jax.device_put(array, like.sharding if committed else None)
+def read(
+  path: epath.Path,
+  records: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+) -> dict[str, Any]:
+  """The recorded arrays from an Orbax folder, where those wanted lie.
 
-
-def read(path: epath.Path, records: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The recorded arrays from an Orbax folder; raises if any is damaged."""
-  empty = {
+  It neither waits for other processes nor checks what was read, see `damaged`.
+  """
+  arrays = {
     name: np.zeros(record["shape"], jnp.dtype(record["stored"]))
     for name, record in records.items()
     if 0 in record["shape"]
   }
-  stored = {name: 0 for name in records if name not in empty}
-  to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  with (
-    _patient_loops(),
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
-  ):
-    values = reader.restore(
+  stored = {name: 0 for name in records if name not in arrays}
+  targets = {
+    name: ocp.ArrayRestoreArgs(
+      sharding=wanted[name].sharding,
+      global_shape=tuple(records[name]["shape"]),
+    )
+    if _is_placed(wanted[name])
+    else ocp.RestoreArgs(restore_type=np.ndarray)
+    for name in stored
+  }
+  # Not by Orbax's Checkpointer: it waits for all processes after a read, and so
+  # for ever where one of them failed.
+  handler = ocp.PyTreeCheckpointHandler()
+  with _patient_loops(), contextlib.closing(handler):
+    arrays |= handler.restore(
       path,
       args=ocp.args.PyTreeRestore(
-        stored,
-        restore_args=jax.tree.map(lambda _: to_numpy, stored),
-        partial_restore=True,
+        stored, restore_args=targets, partial_restore=True
       ),
     )
-  bad = [
+  return _owned(arrays)
+
+
+def damaged(arrays: Mapping[str, Any], records: Mapping[str, Any]) -> list[str]:
+  """The names of what is not as it was saved. All processes must call it."""
+  found = sums(arrays)
+  return [
     name
-    for name, crc32 in zip(values, _checksums(values.values()))
-    if crc32 != records[name]["crc32"]
+    for name, array in arrays.items()
+    if found[name] != records[name]["sum"]
+    or str(array.dtype) != records[name]["stored"]
   ]
-  if bad:
-    raise ValueError(f"checksum differs: {', '.join(bad)}")
-  return {**values, **empty}
+
+
+def place(value: Any, like: Any, record: Mapping[str, Any]) -> Any:
+  """What was read as `like` is: a key or numbers, where it lay."""
+  if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+    return value
+  sharding = like.sharding if _is_placed(like) else None
+  if _is_key(like):
+    wrap = functools.partial(jax.random.wrap_key_data, impl=record["impl"])
+    value = jax.jit(wrap, out_shardings=sharding)(value)
+  if isinstance(value, np.ndarray) or sharding is None:
+    return jax.device_put(value, sharding)
+  return value
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
@@ -171,15 +187,43 @@ def _patient_loops() -> Iterator[None]:
     asyncio.set_event_loop_policy(policy)
 
 
-def _checksums(arrays: Iterable[np.ndarray]) -> list[int]:
-  """CRC-32 of each array's dtype, shape and bytes."""
+def _owned(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  """The same in memory that nothing else uses, where that is not plain.
 
-  def checksum(array: np.ndarray) -> int:
-    head = f"{array.dtype} {array.shape}".encode()
-    return zlib.crc32(_bytes(array), zlib.crc32(head))
+  What NumPy and Orbax see of an array on a CPU, and the copies of one array
+  that Orbax has read for several, may be one buffer, which a step that takes
+  the state in donation would write into.
+  """
+  on_cpu = {
+    name: x
+    for name, x in arrays.items()
+    if isinstance(x, jax.Array) and _platform(x) == "cpu"
+  }
+  shardings = {name: x.sharding for name, x in on_cpu.items()}
+  return {
+    **{
+      n: x if isinstance(x, jax.Array) else np.array(x)
+      for n, x in arrays.items()
+    },
+    **jax.device_put(on_cpu, shardings, may_alias=False),
+  }
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:  # crc32 frees the GIL
-    return list(pool.map(checksum, arrays))
+
+def _platform(x: jax.Array) -> str:
+  return next(iter(x.sharding.device_set)).platform
+
+
+def _is_placed(like: Any) -> bool:
+  """Whether it is bound to devices.
+
+  An uncommitted array must stay so: committed to one device it could not meet
+  those that span several.
+  """
+  return (
+    isinstance(like, jax.Array | jax.ShapeDtypeStruct)
+    and like.sharding is not None
+    and getattr(like, "committed", True)
+  )
 
 
 def _is_key(leaf: Any) -> bool:
@@ -200,7 +244,3 @@ def _data_shape(leaf: Any) -> tuple[int, ...]:
 
 def _dtype(leaf: Any) -> str:
   return str(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-  return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

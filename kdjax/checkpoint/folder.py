@@ -1,56 +1,36 @@
-"""A run's folder of checkpoints: written in the background, read with care.
+"""A run's folder of checkpoints, written in the background.
 
 A checkpoint is the folder `<directory>/<step>`: in `state` Orbax holds the
-arrays, in `meta` a JSON holds everything else, with a CRC-32 for each array and
-one for itself. Orbax alone returns a flipped byte as a value and does not look
-past a newest checkpoint that it cannot read.
+arrays, each process writing its own part; in `meta` a JSON of process 0 holds
+everything else, with a checksum for each array and one for itself. Orbax alone
+returns a flipped byte as a value and does not look past a newest checkpoint
+that it cannot read (`newest` does).
 """
 
 import base64
 import contextlib
-import json
+import logging
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import absl.logging
-import jax
 import orbax.checkpoint as ocp
-from etils import epath
-from jaxtyping import PyTree
 
-from kdjax.checkpoint import arrays
+from kdjax import processes
+from kdjax.checkpoint import arrays, disk, newest
+from kdjax.checkpoint.newest import Note, Position, Restored
 from kdjax.errors import UserError, unknown
-from kdjax.types import Params, Stats, TrainState
-
-Position = dict[str, Any] | bytes | None
-Note = Callable[[str], None]
-
-
-class Restored(NamedTuple):
-  """What `restore` returns.
-
-  Attributes:
-    step: number of updates made when the checkpoint was taken.
-    state: bit-identical to what was saved, on the shardings of `like`.
-    position: where the input stood.
-    facts: what the run said of itself.
-  """
-
-  step: int
-  state: TrainState
-  position: Position
-  facts: dict[str, Any]
+from kdjax.types import TrainState
 
 
 class Checkpointer:
   """Writes the checkpoints of one run in the background.
 
-  Only one process may write into a folder at a time: opening an existing one
+  Only one run may write into a folder at a time: opening an existing one
   removes what a killed run left half-written. To read the folder of a run that
-  may be alive, use `restore` and `load_params`, which change nothing.
+  may be alive, use `restore` and `load_params`, which change nothing. A run of
+  several processes makes one of these in each and calls its methods in all.
 
   Args:
     directory: where the numbered folders go; made by the first `save`.
@@ -75,13 +55,16 @@ class Checkpointer:
         f"got keep_last={keep_last}, keep_best={keep_best}: needs at least 1 "
         "and 0; a run without a newest checkpoint cannot be resumed"
       )
-    self._directory = _path(directory)
+    self._directory = newest.absolute(directory)
     self._keep = _Keep(keep_last, keep_best, {})
     self._metric, self._sign = metric, 1 if higher_is_better else -1
     self._sound: set[int] = set()  # steps written or verified by this object
     self._resumed: int | None = None
     self._manager: ocp.CheckpointManager | None = None
-    if self._directory.exists():
+    self._saving = 0, 0  # step, bytes
+    self._failed = False
+    self._barrier = disk.Barrier()
+    if processes.of_first(self._directory.exists()):
       self._open()
 
   def __enter__(self) -> Self:
@@ -93,7 +76,7 @@ class Checkpointer:
   @property
   def steps(self) -> list[int]:
     """The complete checkpoints, oldest first."""
-    return steps(self._directory)
+    return newest.steps(self._directory)
 
   def save(
     self,
@@ -104,7 +87,7 @@ class Checkpointer:
     facts: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
   ) -> None:
-    """Copies the state to the host, starts writing it, and returns.
+    """Copies the state to the hosts, starts writing it, and returns.
 
     The caller may donate the state at once. A save that is still being written
     is waited for; its failure is raised here or in `wait`. A step that this
@@ -113,7 +96,7 @@ class Checkpointer:
 
     Args:
       step: number of updates made.
-      state: every array, fully addressable from this process.
+      state: arrays over any devices of any processes.
       position: of the input, as JSON (keys become strings, tuples lists) or
         bytes.
       facts: JSON; whatever a later run must compare, such as the teacher's
@@ -121,19 +104,21 @@ class Checkpointer:
       metrics: name -> number, or None when nothing was evaluated.
 
     Raises:
-      UserError: the folder holds a newer step that was not resumed from, or
-        `metrics` lacks the metric to keep the best by.
+      UserError: the folder holds a newer step that was not resumed from,
+        `metrics` lacks the metric to keep the best by, or the folder cannot be
+        written into.
     """
     metrics = {name: float(value) for name, value in (metrics or {}).items()}
     if metrics and self._metric is not None and self._metric not in metrics:
       raise unknown("metric", self._metric, metrics)
     manager = self._open()
     self.wait()
-    if step in self._sound and step in self.steps:
+    have = processes.of_first(self.steps)
+    if step in self._sound and step in have:
       return
-    self._make_way(manager, step)
+    self._make_way(manager, step, have)
     self._score(step, metrics)
-    values, records = arrays.to_host(state)
+    values, records = arrays.to_save(state)
     meta = {
       "step": step,
       "position": (
@@ -145,12 +130,13 @@ class Checkpointer:
       "metrics": metrics,
       "arrays": records,
     }
-    with _quiet():
+    self._saving = step, sum(x.nbytes for x in values.values())
+    with self._told():
       manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(values),
-          meta=ocp.args.JsonSave(_sealed(meta)),
+          meta=ocp.args.JsonSave(newest.sealed(meta)),
         ),
         force=True,
       )
@@ -162,7 +148,7 @@ class Checkpointer:
     Newer checkpoints, which it found damaged, are removed by the next `save`.
     """
     self.wait()
-    restored = restore(self._directory, like, note)
+    restored = newest.restore(self._directory, like, note)
     if restored is not None:
       self._resumed = restored.step
       self._sound = {restored.step}
@@ -172,13 +158,8 @@ class Checkpointer:
     """Returns when the last save is on disk; raises what made it fail."""
     if self._manager is None:
       return
-    try:
-      with _quiet():
-        self._manager.wait_until_finished()
-    except BaseException:
-      # Orbax has struck the old steps off its list before it wrote the new.
-      self._manager.reload()
-      raise
+    with self._told():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, then frees the threads."""
@@ -187,22 +168,28 @@ class Checkpointer:
     finally:
       manager, self._manager = self._manager, None
       if manager is not None:
-        manager.close()
+        # After a failure that was told, Orbax raises it again.
+        with contextlib.suppress(*[Exception] * self._failed):
+          manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
-      self._manager = ocp.CheckpointManager(
-        self._directory,
-        options=ocp.CheckpointManagerOptions(
-          preservation_policy=self._keep,
-          cleanup_tmp_directories=True,
-          save_root_metadata=False,
-        ),
-      )
+      logging.getLogger("absl").addFilter(_not_of_orbax)
+      with self._told():
+        self._manager = _Manager(
+          self._directory,
+          options=ocp.CheckpointManagerOptions(
+            preservation_policy=self._keep,
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
+          ),
+        )
       for step in self.steps if self._metric else []:
         # What is damaged cannot be a best one; `restore` reports it.
         with contextlib.suppress(Exception):
-          self._score(step, _read_meta(self._directory / str(step))["metrics"])
+          meta = newest.read_meta(self._directory / str(step))
+          self._score(step, meta["metrics"])
     return self._manager
 
   def _score(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -211,15 +198,37 @@ class Checkpointer:
     if math.isfinite(value):
       self._keep.scores[step] = self._sign * value
 
-  def _make_way(self, manager: ocp.CheckpointManager, step: int) -> None:
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    """Turns what a full or forbidden disk raises into a line for the user."""
+    try:
+      yield
+    except BaseException as error:
+      self._failed = True
+      self._barrier.fail()
+      if self._manager is not None:
+        # Orbax has struck the old steps off its list before it wrote the new.
+        self._manager.reload()
+      step, size = self._saving
+      self._sound.discard(step)
+      trouble = disk.trouble(
+        error, self._directory, step=step, size=size, steps=self.steps
+      )
+      if trouble is None:
+        raise
+      raise trouble from error
+
+  def _make_way(
+    self, manager: ocp.CheckpointManager, step: int, have: Sequence[int]
+  ) -> None:
     """Removes what `restore` found damaged, and a `step` of unknown origin."""
     at = math.inf if self._resumed is None else self._resumed
-    old = [s for s in self.steps if s not in self._sound]
+    old = [s for s in have if s not in self._sound]
     damaged = [s for s in old if s > at]
-    newest = max(set(self.steps) - set(damaged), default=step)
-    if step < newest:
+    last = max(set(have) - set(damaged), default=step)
+    if step < last:
       raise UserError(
-        f"cannot save step {step}: {self._directory} holds step {newest}, "
+        f"cannot save step {step}: {self._directory} holds step {last}, "
         "which this run has not reached; resume from it, or use an empty folder"
       )
     for s in damaged:
@@ -228,66 +237,15 @@ class Checkpointer:
       manager.delete(step)
 
 
-def steps(directory: str | os.PathLike[str]) -> list[int]:
-  """The complete checkpoints of a folder, oldest first; [] if it is missing."""
-  # Orbax's `checkpoint_steps` would count a copy called "best_5" as step 5.
-  found = ocp.path.step.standard_name_format().find_all(_path(directory))
-  return sorted(checkpoint.step for checkpoint in found)
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which asks for a preemption too, and at steps that are past.
 
-
-def restore(
-  directory: str | os.PathLike[str], like: TrainState, note: Note = print
-) -> Restored | None:
-  """The newest checkpoint whose every array has its checksum; changes nothing.
-
-  Args:
-    directory: what a `Checkpointer` wrote.
-    like: a state of arrays or of `jax.ShapeDtypeStruct`, whose structure,
-      shapes, dtypes and shardings the result has.
-    note: gets one line when a damaged checkpoint had to be passed over.
-
-  Returns:
-    None when there is no checkpoint.
-
-  Raises:
-    UserError: there are checkpoints and all are damaged; or the newest sound
-      one was made by another network or optimizer.
+  What it then tells JAX's service of the step would mislead the loop's own
+  question (`kdjax.preemption`).
   """
-  found = _newest(_path(directory), like, None, note)
-  if found is None:
-    return None
-  meta, state = found
-  position = meta["position"].get("json")
-  if "base64" in meta["position"]:
-    position = base64.b64decode(meta["position"]["base64"])
-  return Restored(meta["step"], state, position, meta["facts"])
 
-
-def load_params(
-  directory: str | os.PathLike[str],
-  like: tuple[Params, Stats],
-  note: Note = print,
-) -> tuple[Params, Stats]:
-  """(params, stats) of the newest sound checkpoint: a teacher from its run.
-
-  Nothing is converted, padded or dropped; the rest of the state is not read.
-
-  Args:
-    directory: what a `Checkpointer` wrote.
-    like: (params, stats), as for `restore`.
-    note: as for `restore`.
-
-  Raises:
-    UserError: as `restore`, or there is no checkpoint.
-  """
-  tree = {"params": like[0], "stats": like[1]}
-  found = _newest(_path(directory), tree, tuple(tree), note)
-  if found is None:
-    raise UserError(
-      f"no checkpoint in {directory}: give the folder that holds a run's "
-      "numbered checkpoints, or train the network first"
-    )
-  return found[1]["params"], found[1]["stats"]
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 class _Keep(NamedTuple):
@@ -312,77 +270,6 @@ class _Keep(NamedTuple):
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _newest(
-  directory: epath.Path,
-  like: PyTree,
-  parts: tuple[str, ...] | None,
-  note: Note,
-) -> tuple[dict[str, Any], Any] | None:
-  """(meta, tree), where `parts` are the fields of the state to be read."""
-  wanted = arrays.named(like)
-  damaged = []
-  for step in reversed(steps(directory)):
-    path = directory / str(step)
-    try:
-      meta = _read_meta(path)
-      records = {
-        name: record
-        for name, record in meta["arrays"].items()
-        if parts is None or name.split("/", 1)[0] in parts
-      }
-      problems = arrays.mismatches(records, wanted)
-      values = {} if problems else arrays.read(path / "state", records)
-    except MemoryError:
-      raise
-    except Exception as error:  # whatever a reader makes of damaged bytes
-      why = (str(error) or type(error).__name__).splitlines()[0]
-      damaged.append(f"step {step} is damaged ({why[:120]})")
-      continue
-    if problems:
-      raise UserError(
-        f"checkpoint {path} does not fit: {'; '.join(problems)}: build the "
-        "network and optimizer that it was made with, or use an empty folder"
-      )
-    if damaged:
-      note(f"{directory}: {'; '.join(damaged)}: using step {step}")
-    leaves = [arrays.place(values[n], x, records[n]) for n, x in wanted.items()]
-    return meta, jax.tree.unflatten(jax.tree.structure(like), leaves)
-  if damaged:
-    raise UserError(
-      f"no readable checkpoint in {directory}: {'; '.join(damaged)}: put back "
-      "a copy, or start again in an empty folder"
-    )
-  return None
-
-
-def _read_meta(path: epath.Path) -> dict[str, Any]:
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    meta = reader.restore(path / "meta")
-  crc32 = meta.pop("crc32")
-  if _sealed(meta)["crc32"] != crc32:
-    raise ValueError("the checksum of meta differs")
-  return meta
-
-
-def _sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """`meta` as JSON gives it back, and a checksum of it."""
-  text = json.dumps(json.loads(json.dumps(meta)), sort_keys=True)
-  return {**json.loads(text), "crc32": zlib.crc32(text.encode())}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Without Orbax's warning that the last save took longer than a second."""
-  level = absl.logging.get_verbosity()
-  absl.logging.set_verbosity(absl.logging.ERROR)
-  try:
-    yield
-  finally:
-    absl.logging.set_verbosity(level)
-
-
-def _path(directory: str | os.PathLike[str]) -> epath.Path:
-  # `absolute` would take a bucket's address for a relative path.
-  if "://" in os.fspath(directory):
-    return epath.Path(directory)
-  return epath.Path(os.path.abspath(os.path.expanduser(directory)))
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  """Leaves out what Orbax logs: each of its failures is raised here too."""
+  return "orbax" not in record.pathname

@@ -52,6 +52,7 @@ _EVERY_TASK: dict[str, Any] = {
   "mesh": dict.fromkeys(AXES, int),
   "show_sharding": bool,
   "save_every": int,
+  "save_minutes": float,
   "keep_last": int,
   "keep_best": int,
   "on_nan": str,

@@ -165,6 +165,7 @@ def of_distill(
     seed=seed,
     show_sharding=config.show_sharding,
     save_every=config.save_every,
+    save_minutes=config.save_minutes,
     keep_last=config.keep_last,
     keep_best=config.keep_best,
     on_nan=config.on_nan,

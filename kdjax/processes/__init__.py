@@ -11,5 +11,7 @@ from kdjax.processes.crew import initialize as initialize
 from kdjax.processes.crew import lead as lead
 from kdjax.processes.crew import run as run
 from kdjax.processes.crew import wait_for_all as wait_for_all
+from kdjax.processes.gather import gather as gather
+from kdjax.processes.gather import of_first as of_first
 from kdjax.processes.place import Place as Place
 from kdjax.processes.place import find as find

@@ -1,0 +1,126 @@
+"""A disk that is full or forbidden, told to the user and to the processes."""
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from jax._src import distributed  # JAX has no public way to its key-value store
+
+from kdjax.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_FORBIDDEN = {
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ENOTDIR,
+  errno.EEXIST,
+}
+_BARRIERS = itertools.count()
+_POLL = 0.05  # seconds
+
+
+class SaveFailed(RuntimeError):
+  """Another process could not write its part."""
+
+
+def trouble(
+  error: BaseException,
+  directory: epath.Path,
+  *,
+  step: int,
+  size: int,
+  steps: Sequence[int],
+) -> UserError | None:
+  """What to tell the user of a write that failed; None if it is no such thing.
+
+  Args:
+    error: what was raised, by Python or by TensorStore.
+    directory: that was to be written into.
+    step: that was being saved.
+    size: bytes of its arrays.
+    steps: the complete checkpoints there are.
+  """
+  number = _number(error)
+  if number in _FORBIDDEN:
+    return UserError(
+      f"cannot write into {directory} ({os.strerror(number)}): give a folder "
+      "that can be written into"
+    )
+  if isinstance(error, SaveFailed):
+    why = str(error)
+  elif number in _FULL:
+    why = os.strerror(number)
+  else:
+    return None
+  kept = (
+    f"step {steps[-1]} is the last good checkpoint"
+    if steps
+    else "there is no checkpoint yet"
+  )
+  return UserError(
+    f"cannot save step {step} into {directory} ({why}): its arrays take "
+    f"{size / 1e6:,.1f} MB{_free(directory)}; {kept}: make room, and the same "
+    "command goes on from it"
+  )
+
+
+class Barrier:
+  """Where processes wait for one another's writes, called by Orbax's thread.
+
+  Orbax's own is left by nobody for 20 minutes if one process cannot write. One
+  that calls `fail` frees the others at once, with `SaveFailed`.
+  """
+
+  def __init__(self):
+    self._name = f"kdjax/barrier/{next(_BARRIERS)}"
+    self._passed = 0
+
+  def __call__(self, *, key: str, timeout_ms: int) -> None:
+    client = distributed.global_state.client
+    if client is None:
+      return
+    here = f"{self._name}/{self._passed}"
+    client.key_value_set(f"{here}/{jax.process_index()}", key)
+    deadline = time.monotonic() + timeout_ms / 1000
+    while True:
+      there = dict(client.key_value_dir_get(here))
+      failed = [k for k in there if k.endswith("/failed")]
+      if failed:
+        raise SaveFailed(f"process {there[failed[0]]} could not write its part")
+      if len(there) == jax.process_count():
+        break
+      if time.monotonic() > deadline:
+        raise TimeoutError(f"waited {timeout_ms / 1000:g} s at {key}")
+      time.sleep(_POLL)
+    self._passed += 1
+
+  def fail(self) -> None:
+    """Frees those who wait for this process."""
+    client = distributed.global_state.client
+    if client is not None:
+      here = f"{self._name}/{self._passed}/failed"
+      client.key_value_set(here, str(jax.process_index()), allow_overwrite=True)
+
+
+def _number(error: BaseException) -> int:
+  """The system's for what went wrong, 0 if it has none."""
+  if isinstance(error, OSError):
+    return error.errno or 0
+  # TensorStore raises a ValueError: "... File too large [os_error_code='27']".
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(found[1]) if found else 0
+
+
+def _free(directory: epath.Path) -> str:
+  try:
+    free = shutil.disk_usage(directory).free
+  except OSError:  # a bucket, or gone
+    return ""
+  return f", {free / 1e6:,.1f} MB are free"
