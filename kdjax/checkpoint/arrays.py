@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,9 +162,15 @@ def place(value: Any, like: Any, record: Mapping[str, Any]) -> Any:
 
 class _PatientLoop(asyncio.SelectorEventLoop):
   def close(self) -> None:
-    if rest := asyncio.all_tasks(self):
-      self.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+    if not self.is_closed():
+      self.run_until_complete(_settle(asyncio.all_tasks(self)))
     super().close()
+
+
+async def _settle(tasks: Iterable[asyncio.Task[Any]]) -> None:
+  await asyncio.gather(*tasks, return_exceptions=True)
+  # Those that had failed before are heard of in the loop's next round.
+  await asyncio.sleep(0)
 
 
 class _PatientLoops(asyncio.DefaultEventLoopPolicy):
