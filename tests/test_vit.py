@@ -219,7 +219,8 @@ def test_gradients_are_finite_and_reach_every_parameter():
   def loss(p):
     return jnp.sum(model.apply(p, stats, batch, train=True)[0].logits ** 2)
 
-  for path, g in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+  gradient = jax.jit(jax.grad(loss))(params)
+  for path, g in jax.tree_util.tree_leaves_with_path(gradient):
     assert np.isfinite(g).all(), path
     # A key's bias shifts all scores of a query alike: the softmax drops it.
     if "key" not in str(path[3:4]) or "bias" not in str(path):
