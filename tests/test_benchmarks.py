@@ -134,6 +134,21 @@ def test_method_cost_counts_what_a_method_adds(script, tmp_path, capsys):
   assert all(row["wall"] > 0 for row in told["rows"].values())
 
 
+@pytest.mark.slow
+def test_checkpoint_stall_tells_what_a_checkpoint_costs(
+  script, tmp_path, capsys
+):
+  out = tmp_path / "results.json"
+  words = "--pair tiny --batch 4 --repeats 2 --steps 4 --out"
+  script("checkpoint_stall").main([*words.split(), str(out)])
+  told = json.loads(out.read_text())
+  assert "ratio" in capsys.readouterr().out
+  assert told["state_bytes"] > 0
+  assert told["save_seconds"] > 0
+  assert all(a > 0 for a in told["ratios"])
+  assert told["sure"] > 0
+
+
 def test_method_cost_has_every_loss_and_term(script):
   from kdjax import losses, terms
 
