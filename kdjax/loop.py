@@ -290,7 +290,7 @@ def distill(
         teacher_of,
         student_of,
       )
-    account = Goodput(clock, folder)
+    account = Goodput(clock, folder if processes.lead() else None)
     meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
     stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
     with clock.at("steps"):

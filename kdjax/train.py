@@ -148,6 +148,11 @@ def _run(argv: Sequence[str]) -> int:
     start_seconds=given.start_seconds,
     lost_seconds=given.lost_seconds,
   )
+  if "://" in workdir:
+    raise errors.UserError(
+      f"--workdir {workdir} is a bucket's address, must be a folder: mount the "
+      "bucket (gcsfuse), or give a disk that all machines see"
+    )
   folders = Path(workdir) / "compiled", Path(workdir)
   new = [folder for folder in folders if not folder.exists()]
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

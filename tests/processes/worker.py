@@ -99,13 +99,15 @@ class Recorded:
 
 
 def curve(given):
-  mesh = parallel.make_mesh()
+  """Replicated, or "split": parameters over pairs of processes and devices."""
+  split = dict(data=1, fsdp=2, model=4) if given.task == "split" else {}
+  rules = [(r"hidden/kernel$", ("fsdp", "model"))]
+  mesh = parallel.make_mesh(**split)
   student, teacher = (
-    adapters.from_nnx(functools.partial(Net, width)) for width in (8, 32)
+    adapters.from_nnx(functools.partial(Net, width)) for width in (32, 64)
   )
-  share = dict(
-    process_index=jax.process_index(), process_count=jax.process_count()
-  )
+  block, blocks = parallel.data_share(mesh)
+  share = dict(process_index=block, process_count=blocks)
   pixels = dict(mean=0.3, std=0.35, **share)
   source, test = (
     data.load("digits", split, data_dir=given.out / "data")
@@ -131,6 +133,8 @@ def curve(given):
     save_every=STEPS // 2,
     optimizer=optax.sgd(0.1),
     mesh=mesh,
+    partition=rules,
+    teacher_partition=rules,
     folder=given.out / "run",
   )
   # The first two were read to trace the networks.
@@ -145,6 +149,7 @@ TASKS = {
   "own": loop,
   "all": all_refuse,
   "curve": curve,
+  "split": curve,
 }
 
 
