@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
@@ -19,18 +18,18 @@ from jaxtyping import Array, PyTree
 from kdjax import (
   checkpoint,
   errors,
-  flops,
   health,
   losses,
   memory_plan,
   objective,
+  opening,
   parallel,
   preemption,
   processes,
   stepping,
 )
 from kdjax.clock import Clock
-from kdjax.evaluate import make_evaluate, num_parameters
+from kdjax.evaluate import make_evaluate
 from kdjax.feed import Feed
 from kdjax.goodput import Goodput
 from kdjax.health import DivergedError as DivergedError
@@ -38,7 +37,6 @@ from kdjax.losses import fused
 from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.perf import Meter
-from kdjax.preflight import check_outputs
 from kdjax.profiling import Profile
 from kdjax.save_clock import SaveClock
 from kdjax.train_step import (
@@ -46,7 +44,6 @@ from kdjax.train_step import (
   TeacherOf,
   all_frozen,
   all_trained,
-  create_state,
   jit_step,
   make_train_step,
 )
@@ -178,43 +175,26 @@ def distill(
   )
   parallel.check_rules(partition, mesh, "partition")
   parallel.check_rules(teacher_partition, mesh, "teacher_partition")
-  student = parallel.gathered(student, mesh, partition)
-  if teacher is not None:
-    teacher = parallel.gathered(teacher, mesh, teacher_partition)
-  frozen = parallel.place(
-    teacher_variables,
-    parallel.shardings(teacher_variables, mesh, teacher_partition),
-  )
-  state, shardings = create_state(
+  placed, state = opening.place(
     student,
     teacher,
     goal,
     optimizer,
-    seed,
     feed.first,
+    teacher_variables,
+    seed=seed,
     mesh=mesh,
-    rules=partition,
-    frozen=frozen,
+    partition=partition,
+    teacher_partition=teacher_partition,
     variables=student_variables,
     teacher_of=teacher_of,
     student_of=student_of,
   )
-  # A teacher that is in the state is looked at as it begins.
-  theirs = () if teacher is None else teacher_of(state, frozen)
-  whole = jax.eval_shape(student_of, state.params, frozen)
-  check_outputs(
-    student,
-    teacher,
-    (whole, state.stats),
-    theirs,
-    feed.first,
-    mesh=mesh,
-    comparable=goal.comparable,
-  )
+  frozen = placed.frozen
   step_fn = jit_step(
     make_train_step(
-      student,
-      teacher,
+      placed.student,
+      placed.teacher,
       goal,
       optimizer,
       microbatches=microbatches,
@@ -226,7 +206,7 @@ def distill(
       student_of=student_of,
     ),
     mesh,
-    shardings,
+    placed.shardings,
   )
   # One process prints and writes for all.
   quiet = quiet or not processes.lead()
@@ -250,46 +230,26 @@ def distill(
     bar = Progress(name, steps, start=start, quiet=quiet)
     stack.callback(bar.close)
     note = lambda text: bar.note(f"{name}: {text}")  # noqa: E731
-    bar.note(_describe(name, mesh, state, theirs, start, steps))
-    if show_sharding:
-      lies = {"student": state, "teacher": frozen}
-      bar.note(f"{name}:\n{parallel.table(lies)}")
-    elif whole_ones := parallel.unsplit((state, frozen)):
-      note(whole_ones)
+    note(opening.describe(placed, mesh, start, steps))
+    if lies := opening.lies(state, frozen, table=show_sharding):
+      note(lies)
     tracing = Profile(folder, profile, start=start, steps=steps, note=note)
     stack.callback(tracing.close)
     rows, of_step = parallel.put_batch(feed.first, mesh), None
     if start < steps:
-      head = functools.partial(
-        memory_plan.head_bytes,
-        student,
-        teacher,
-        goal,
-        state.replace(params=whole),
-        theirs,
-        rows,
-        microbatches=microbatches,
-        layout=layout,
-      )
       with clock.at("compilation"):
         plan = memory_plan.plan(step_fn, state, frozen, rows)
-        note(_memory(plan, head, settings or {}))
-        if flops.peak(mesh.devices.flat[0].device_kind):
-          variables = whole, state.stats
-          of_step = flops.of_step(student, teacher, variables, theirs, rows)
+        head = placed.head(goal, rows, microbatches=microbatches, layout=layout)
+        note(opening.memory(plan, head, settings or {}))
+        of_step = placed.flops(mesh, rows)
     write = None
     if folder is not None and processes.lead():
       write = stack.enter_context(Writer(Path(folder), resume_step=start))
     test = None
     if evaluate_on is not None:
-      other = teacher if goal.comparable else None
-      test = _test(
-        make_evaluate(student, other, mesh, layout),
-        evaluate_on,
-        frozen,
-        teacher_of,
-        student_of,
-      )
+      other = placed.teacher if goal.comparable else None
+      run = make_evaluate(placed.student, other, mesh, layout)
+      test = _test(run, evaluate_on, frozen, teacher_of, student_of)
     account = Goodput(clock, folder if processes.lead() else None)
     meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
     stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
@@ -373,25 +333,6 @@ def _save(
   return save
 
 
-def _memory(
-  plan: memory_plan.Plan,
-  head: Callable[[], int],
-  settings: Mapping[str, Any],
-) -> str:
-  """What a step takes of each device: a line, or a table where it is much.
-
-  Raises:
-    UserError: the device has less.
-  """
-  if plan.limit is None or plan.total < plan.limit / 10:
-    return memory_plan.line(plan)
-  # To tell the head apart takes another compilation.
-  plan = plan._replace(head=head())
-  phase = settings.get("phase", "distilled")
-  memory_plan.check_fits(plan, settings, phase=phase)
-  return memory_plan.table(plan, settings, phase=phase)
-
-
 def _test(
   run: Callable[..., dict[str, float]],
   batches: Iterable[Batch],
@@ -407,25 +348,3 @@ def _test(
     return {f"eval/{name}": value for name, value in got.items()}
 
   return test
-
-
-def _describe(
-  name: str,
-  mesh: Mesh,
-  state: TrainState,
-  teacher_variables: PyTree,
-  start: int,
-  steps: int,
-) -> str:
-  size = f"{num_parameters(state.params):,} parameters"
-  if jax.tree.leaves(teacher_variables):
-    size += f", teacher of {num_parameters(teacher_variables[0]):,}"
-  device = mesh.devices.flat[0]
-  where = f"{mesh.size} {device.platform} device(s), {device.device_kind}"
-  if start >= steps:
-    return f"{name}: step {start} of {steps} is saved, nothing to train"
-  at = f"from step {start} " if start else ""
-  return (
-    f"{name}: {at}to step {steps} on {where}; jax {jax.__version__} compiles "
-    f"one train step: network of {size}"
-  )

@@ -40,7 +40,7 @@ ROWS = [
     "save_clock",
     "watchdog",
   },
-  {"goodput", "stepping"},
+  {"goodput", "opening", "stepping"},
   {"loop"},
   {"config", "report"},
   {"experiment"},

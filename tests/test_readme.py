@@ -104,6 +104,12 @@ def commands():
     for _, block in blocks(read(name), "")
     for line in block.splitlines()
     if RUN in line
+  ] + [
+    (name, f"{RUN}{line.split(' -- ')[1]}")
+    for name in TEXTS
+    for _, block in blocks(read(name), "")
+    for line in block.splitlines()
+    if "python -m kdjax.launch " in line and " -- " in line
   ]
 
 
@@ -111,10 +117,10 @@ def commands():
 def test_commands_name_configs_and_keys_that_exist(name, command, monkeypatch):
   monkeypatch.chdir(ROOT)
   arguments = shlex.split(command.removeprefix("python -m "))
-  values, workdir = train._arguments(arguments)
-  assert workdir.startswith("runs/")
-  config.check_keys(values)
-  config.goal(values)
+  given = train._arguments(arguments)
+  assert given.workdir.startswith("runs/")
+  config.check_keys(given.config)
+  config.goal(given.config)
 
 
 def test_the_two_first_commands():

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax import errors, models
@@ -96,7 +95,8 @@ def read(
       return arrays[path]
     place = places[path]
     array = names.from_stored(place, tensors.load(place.name))
-    return jnp.asarray(array.astype(arrays[path].dtype))
+    # `asarray` would compile a program for each shape.
+    return jax.device_put(array.astype(arrays[path].dtype))
 
   return tree.unflatten([value(path) for path in arrays])
 
