@@ -41,7 +41,7 @@ def run(tmp_path_factory):
   mesh = parallel.make_mesh(1)  # eight compile many times longer
   config = ROOT / "configs" / "digits.py"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", lambda: mesh)
+    patch.setattr(parallel, "make_mesh", lambda **_: mesh)
     args = [f"--config={config}:smoke", f"--workdir={workdir}"]
     args.append("--config.phases.alone.steps=0")  # no test reads it
     assert train.main(["train", *args]) == 0

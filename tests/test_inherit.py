@@ -416,7 +416,7 @@ def test_the_text_on_students_runs(tmp_path, monkeypatch):
   assert len(code) == 2
   monkeypatch.chdir(tmp_path)
   mesh = parallel.make_mesh(1)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh)
   batch = {
     "tokens": stored.tokens,
     "label": np.roll(stored.tokens, -1),

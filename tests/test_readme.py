@@ -38,7 +38,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
   # Eight devices compile longer, and other tests split the same step.
   mesh = parallel.make_mesh(1)
-  monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+  monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh)
   examples = blocks(read("README.md"), "python")
   assert examples
   names = {"__name__": "readme"}  # later blocks use the names of earlier ones
