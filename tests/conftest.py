@@ -29,8 +29,16 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax
+import pytest
 
 # Traces are many small objects: to look for cycles among all of them again and
 # again, as Python does after 700 new ones, takes a quarter of a trace's time.
 gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget():
+  """A worker would hold every program that it ever ran: 4 GB at the end."""
+  yield
+  jax.clear_caches()

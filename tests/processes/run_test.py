@@ -85,6 +85,33 @@ def test_one_two_and_four_processes_learn_the_same(tmp_path):
       )
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh_with_other_processes(tmp_path):
+  """Half by four that split the parameters, half by two that do not."""
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  for out, task, steps, count in (
+    (whole, "curve", STEPS, 1),
+    (parts, "split", STEPS // 2, 4),
+    (parts, "curve", STEPS, 2),
+  ):
+    out.mkdir(exist_ok=True)
+    command = [*worker(task, out), f"--steps={steps}"]
+    launcher = launched(command, count)
+    _, said = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, said
+  assert f"from step {STEPS // 2} to step {STEPS} on 4 cpu" in said
+  ours, theirs = (
+    (out / "run" / "metrics.jsonl").read_text().splitlines()
+    for out in (parts, whole)
+  )
+  for one, other in zip(ours, theirs, strict=True):
+    one, other = timeless(json.loads(one)), timeless(json.loads(other))
+    assert one.keys() == other.keys()
+    np.testing.assert_allclose(
+      list(one.values()), list(other.values()), rtol=5e-6
+    )
+
+
 def timeless(metrics):
   """Without how fast the steps were."""
   return {k: v for k, v in metrics.items() if not k.startswith("perf/")}

@@ -32,6 +32,7 @@ def main(argv=None):
   parser.add_argument("task", choices=TASKS)
   parser.add_argument("--out", type=Path)
   parser.add_argument("--facts", type=json.loads, default={})
+  parser.add_argument("--steps", type=int, default=STEPS)
   parser.add_argument("--coordinator")
   parser.add_argument("--processes", type=int)
   parser.add_argument("--process", type=int)
@@ -129,9 +130,9 @@ def curve(given):
     teacher_variables=teacher.init(jax.random.key(1), next(iter(batches))),
     train=batches,
     evaluate_on=data.eval_batches(test, batch_size=80, **pixels),
-    steps=STEPS,
+    steps=given.steps,
     save_every=STEPS // 2,
-    optimizer=optax.sgd(0.1),
+    optimizer=optax.sgd(0.1, momentum=0.5),
     mesh=mesh,
     partition=rules,
     teacher_partition=rules,
