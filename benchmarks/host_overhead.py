@@ -39,6 +39,7 @@ from kdjax.metrics import Progress, Writer
 from kdjax.objective import Objective, hinton
 from kdjax.perf import Meter
 from kdjax.profiling import Profile
+from kdjax.save_clock import SaveClock
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import Model, Output
 from kdjax.watchdog import Watchdog
@@ -129,6 +130,8 @@ class Bench:
         report=report,
         profile=Profile(None, 0, start=0, steps=self.steps, note=print),
         save_every=self.steps,
+        save_clock=SaveClock(0),
+        told_to_stop=lambda: False,
       )
       jax.block_until_ready(self.state)
       return begun.until_now(self.steps)
