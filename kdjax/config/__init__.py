@@ -7,6 +7,7 @@ function that it names.
 
 from kdjax.config.decoders import (
   Decoders,
+  blank_decoders,
   by_spans,
   causal_lm,
   decoder_params,
@@ -33,6 +34,7 @@ __all__ = [
   "adapter_scale",
   "adapters",
   "augment",
+  "blank_decoders",
   "by_spans",
   "causal_lm",
   "check_keys",
