@@ -69,7 +69,8 @@ def _llm() -> ConfigDict:
   """The config of every pair of language models, which stands beside this."""
   path = Path(__file__).with_name("llm.py")
   spec = importlib.util.spec_from_file_location("llm", path)
-  assert spec is not None and spec.loader is not None
+  assert spec is not None
+  assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()

@@ -1,6 +1,6 @@
 """What a compiled program says of itself: loops, collectives, memory traffic.
 
-Read from the text of `compiled.as_text()`, that of one device of many. XLA's own
+Read from the text of `compiled.as_text()`, one device of many. XLA's own
 count takes the body of a loop once; here each instruction counts as often as
 the loops around it run.
 """
@@ -211,7 +211,7 @@ class Program:
     for x in inside:
       if x.kind == "parameter":
         given = arrays.get(one.operands[int(x.operands[0])], ())
-        total += min(_read(x.name, inside), _in_hbm(given))
+        total += int(min(_read(x.name, inside), _in_hbm(given)))
     results = next(x for x in inside if x.root)
     made = results.operands if results.kind == "tuple" else (results.name,)
     for name, array in zip(made, one.arrays):

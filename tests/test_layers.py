@@ -16,9 +16,11 @@ ROWS = [
     "schedules",
     "layer_map",
     "in_parts",
+    "chips",
     "clock",
     "flops",
     "health",
+    "hlo",
     "lora",
     "optimizers",
     "recipes",
@@ -42,7 +44,7 @@ ROWS = [
   {"loop"},
   {"config", "report"},
   {"experiment"},
-  {"train"},
+  {"train", "scaling"},
   {"export"},
 ]
 

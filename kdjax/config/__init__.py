@@ -5,6 +5,7 @@ config does not show. What an open mapping (`...`) holds is checked against the
 function that it names.
 """
 
+from kdjax.config.arguments import arguments
 from kdjax.config.decoders import (
   Decoders,
   blank_decoders,
@@ -33,6 +34,7 @@ __all__ = [
   "Optimizer",
   "adapter_scale",
   "adapters",
+  "arguments",
   "augment",
   "blank_decoders",
   "by_spans",

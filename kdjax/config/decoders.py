@@ -17,7 +17,6 @@ from kdjax.models.decoder import Architecture, architecture, decoder
 from kdjax.pretrained import decoders
 from kdjax.types import Model, Params
 
-
 _SIDES = ("teacher", "student")
 
 

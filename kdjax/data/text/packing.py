@@ -181,9 +181,7 @@ def fill(
   return batch
 
 
-def blank_rows(
-  count: int, length: int, pad: int = 0
-) -> dict[str, np.ndarray]:
+def blank_rows(count: int, length: int, pad: int = 0) -> dict[str, np.ndarray]:
   """Rows of padding alone, `[count, length]`."""
   shape = (count, length)
   return {
