@@ -4,7 +4,7 @@
     python -m kdjax.scaling --config=configs/llm_8b_1b.py:64 --topology=v5e:8x8
 
 The word after the colon is the number of devices: so many rows of 4096 tokens
-are a batch, and `fsdp` splits both networks over all of them. The sizes are
+are a batch, and `fsdp` splits both networks, over 16 at most. The sizes are
 those of the published config.json of meta-llama/Llama-3.1-8B and
 Llama-3.2-1B, so that neither has to be at hand. To train, name the two as in
 configs/llm.py: `--config.teacher.path=... --config.teacher.model={}`.
@@ -61,7 +61,9 @@ def get_config(arg: str = "") -> ConfigDict:
   c.data.sequence_length = 4096
   c.data.batch_size = c.data.eval_batch_size = count
   c.teacher.model, c.student.model = LLAMA_8B, LLAMA_1B
-  c.mesh.data, c.mesh.fsdp = 1, -1
+  # Narrower than 128, the width of a register, a share of the 1B's 2048
+  # channels would be padded: the compiler then reduces whole gradients.
+  c.mesh.data, c.mesh.fsdp = -1, min(count, 16)
   return c
 
 

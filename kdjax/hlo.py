@@ -9,8 +9,8 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 KINDS = (
   "all-gather",
@@ -83,9 +83,15 @@ class Collective(NamedTuple):
 
 
 class Program:
-  """The text of a compiled program, taken apart."""
+  """The text of a compiled program, taken apart.
 
-  def __init__(self, text: str):
+  Args:
+    text: of `compiled.as_text()`.
+    open_trips: how often a loop runs whose length the data decide.
+  """
+
+  def __init__(self, text: str, open_trips: int = 1):
+    self._open_trips = open_trips
     self.computations: dict[str, list[Instruction]] = {}
     self.entry, inside = "", ""
     for line in text.splitlines():
@@ -109,23 +115,28 @@ class Program:
 
     return {name: of(name) for name in self.computations}
 
-  def collectives(self, num_devices: int) -> list[Collective]:
-    """Those of a step, each operation of the program once."""
-    found: dict[str, Collective] = {}
+  def collectives(self, slices: Sequence[int]) -> list[Collective]:
+    """Those of a step, each operation of the program once.
+
+    Args:
+      slices: of each device of the program, the slice that it is in.
+    """
+    found: dict[Any, Collective] = {}
     for name, instructions in self.computations.items():
-      for one in instructions:
-        kind = one.kind.removesuffix("-start")
-        if kind not in KINDS or not self.times[name]:
+      times = self.times[name]
+      for one in instructions if times else ():
+        made = _of(one, slices, times)
+        if made is None:
           continue
-        made = _collective(one, kind, num_devices, self.times[name])
         # A TPU's reduce-scatter is written as an all-reduce that is cut.
-        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+        if name.startswith("all-reduce-scatter"):
           made = made._replace(kind="reduce-scatter")
+        key: Any = name, one.name
         channel = re.search(r"channel_id=(\d+)", one.rest)
-        key = f"channel {channel[1]}" if channel else f"{name} {one.name}"
-        # Overlapped with other work, one operation stands in several places.
-        if key not in found or found[key].times < made.times:
-          found[key] = made
+        # Overlapped with other work, one operation is a part of several.
+        if channel and self._is_fused(name):
+          key = channel[1], made.shape
+        found[key] = made
     return list(found.values())
 
   def traffic(self) -> int:
@@ -147,30 +158,62 @@ class Program:
     for name, instructions in self.computations.items():
       for one in instructions:
         for how, called in _CALLED.findall(one.rest):
-          trips = self._trips(one) if how == "body" else 1
+          trips = self._trips(one, name) if how == "body" else 1
           callers[called].append((name, trips, one.kind))
         for listed in _BRANCHES.findall(one.rest):
           for called in re.findall(r"[\w.-]+", listed):
             callers[called].append((name, 1, one.kind))
     return callers
 
-  def _trips(self, loop: Instruction) -> int:
-    """From the compiler's note, or from the constant in the loop's condition.
-
-    A loop whose length the data decide has neither and counts once.
-    """
+  def _trips(self, loop: Instruction, around: str) -> int:
+    """From the compiler's note, or from the loop's counter and its limit."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known[1])
-    condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
-    inside = self.computations.get(condition[1] if condition else "", [])
-    limits = [
-      int(one.operands[0])
-      for one in inside
-      if one.kind == "constant"
-      and one.arrays[0].shape == "s32[]"
-      and one.operands[0].isdigit()
-    ]
-    return max(limits, default=1)
+    called = dict(re.findall(r"(condition|body)=%?([\w.-]+)", loop.rest))
+    condition, body = (called.get(k, "") for k in ("condition", "body"))
+    test = self._root(condition)
+    given = self._find(around, loop.operands[0])
+    if test is None or test.kind != "compare" or given is None:
+      return self._open_trips
+    counter, limit = (self._find(condition, x) for x in test.operands)
+    at = _index(counter)
+    if at is None or limit is None:
+      return self._open_trips
+
+    def begins(index: int) -> int | None:
+      return _value(self._find(around, given.operands[index]))
+
+    end, start = _value(limit), begins(at)
+    if (where := _index(limit)) is not None:
+      end = begins(where)
+    last = self._root(body)
+    moved = last and self._find(body, last.operands[at])
+    step = 1
+    if moved and moved.kind == "add":
+      added = [_value(self._find(body, x)) for x in moved.operands]
+      step = next((n for n in added if n), 1)
+    if end is None:
+      return self._open_trips
+    return max(-(-(end - (start or 0)) // step), 1)
+
+  def _root(self, name: str) -> Instruction | None:
+    inside = self.computations.get(name, [])
+    return next((x for x in inside if x.root), None)
+
+  def _find(self, inside: str, name: str) -> Instruction | None:
+    """What an operand is, copies looked through."""
+    by_name = self._by_name[inside]
+    found = by_name.get(name)
+    while found and found.kind in ("copy", "copy-start", "copy-done"):
+      found = by_name.get(found.operands[0])
+    return found
+
+  @functools.cached_property
+  def _by_name(self) -> Mapping[str, Mapping[str, Instruction]]:
+    return {
+      name: {x.name: x for x in instructions}
+      for name, instructions in self.computations.items()
+    }
 
   def _is_fused(self, name: str) -> bool:
     """Whether its caller is an instruction that counts as one."""
@@ -222,6 +265,21 @@ class Program:
         written = by_name[last.operands[1]].arrays[0].bytes
       total += written if array.in_hbm else 0
     return total
+
+
+def _index(one: Instruction | None) -> int | None:
+  """Which element of a loop's variables it is."""
+  if one is None or one.kind != "get-tuple-element":
+    return None
+  found = re.search(r"index=(\d+)", one.rest)
+  return int(found[1]) if found else None
+
+
+def _value(one: Instruction | None) -> int | None:
+  """The number that a constant is."""
+  if one is None or one.kind != "constant" or not one.operands:
+    return None
+  return int(one.operands[0]) if one.operands[0].lstrip("-").isdigit() else None
 
 
 def _read(name: str, inside: list[Instruction]) -> float:
@@ -283,10 +341,16 @@ def _arrays(shape: str) -> Iterator[Array]:
     yield Array(size, not elsewhere, f"{dtype}[{sizes}]")
 
 
-def _collective(
-  one: Instruction, kind: str, num_devices: int, times: int
-) -> Collective:
-  group = _group(one.rest, num_devices)
+def _of(
+  one: Instruction, slices: Sequence[int], times: int
+) -> Collective | None:
+  """The collective that an instruction is, if any."""
+  kind = one.kind.removesuffix("-start")
+  if kind == "send":
+    return _across(one, slices, times)
+  if kind not in KINDS:
+    return None
+  group = _group(one.rest, len(slices))
   arrays = [a for a in one.arrays if a.shape != "u32[]"]
   total, n = sum(a.bytes for a in arrays), len(group)
   if one.kind == "all-gather-start":  # what goes in stands there too
@@ -295,10 +359,33 @@ def _collective(
     total //= 2
   elif kind == "reduce-scatter":
     total *= n
-  source = re.search(r'op_name="([^"]*)"', one.rest)
   shape = max(arrays, key=lambda a: a.bytes).shape if arrays else ""
-  told = source[1] if source else ""
-  return Collective(kind, total, group, times, shape, told)
+  return Collective(kind, total, group, times, shape, _source(one))
+
+
+def _across(
+  one: Instruction, slices: Sequence[int], times: int
+) -> Collective | None:
+  """A collective over slices, which the hosts do: a device hands its part out.
+
+  The devices that hold the same part in each slice exchange it.
+  """
+  told = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+  if not told:
+    return None
+  kind = told[1].lower().replace("_", "-")
+  group = tuple(slices.index(n) for n in sorted(set(slices)))
+  size = one.arrays[0].bytes
+  if kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all"):
+    size *= len(group) if kind == "all-gather" else 1
+  else:
+    kind = "collective-permute"
+  return Collective(kind, size, group, times, one.arrays[0].shape, _source(one))
+
+
+def _source(one: Instruction) -> str:
+  source = re.search(r'op_name="([^"]*)"', one.rest)
+  return source[1] if source else ""
 
 
 def _group(rest: str, num_devices: int) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ import collections
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import sys
 import time
@@ -48,6 +49,7 @@ from kdjax.hlo import Collective, Program
 from kdjax.losses import fused
 from kdjax.memory_plan import Plan, readable
 from kdjax.train_step import jit_step, state_shardings
+from kdjax.types import Batch, LinearLogits, TrainState
 
 # What libtpu otherwise asks a cloud's servers for, and the lock of a TPU.
 _ALONE = {
@@ -170,11 +172,12 @@ def measure(
   text = compiled.as_text() or ""
   if hlo is not None:
     hlo.write_text(text)
-  program, count = Program(text), len(devices)
-  found = program.collectives(count)
-  computed = of_program(traced.jaxpr.jaxpr) / count
+  trips = _head_trips(made.parts, mesh)
+  program, count = Program(text, trips), len(devices)
   # The program numbers the devices as the mesh has them.
   slices = chips.slice_of(mesh.devices.flat)
+  found = program.collectives(slices)
+  computed = of_program(traced.jaxpr.jaxpr, trips) / count
   traffic = program.traffic()
   return Figures(
     kind,
@@ -210,6 +213,21 @@ def _step(made: Any, config: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     _on(parts.frozen, parallel.shardings(parts.frozen, mesh, theirs)),
     _on(parts.batch, rows),
   )
+
+
+def _head_trips(parts: phases.Parts, mesh: Mesh) -> int:
+  """Of the loop over a head's tokens, which ends where none counts any more."""
+
+  def logits(state: TrainState, batch: Batch) -> Any:
+    apply = parts.student.apply
+    return apply(state.params, state.stats, batch, train=False)[0].logits
+
+  found = jax.eval_shape(logits, phases.begun(parts), dict(parts.batch))
+  if not isinstance(found, LinearLogits):
+    return 1
+  tokens = math.prod(parts.batch["mask"].shape) // parts.microbatches
+  each = tokens // parallel.batch_parts(mesh)
+  return fused.num_chunks(fused.over(mesh), each, found.shape[-1])
 
 
 def _on(shapes: PyTree, shardings: PyTree) -> PyTree:
