@@ -22,25 +22,25 @@ class Chip(NamedTuple):
     hbm: bytes.
     hbm_rate: bytes/s.
     ici: bytes/s that it sends to the other chips of its slice, all links.
-    dcn: bytes/s that it sends to other slices, its share of the hosts' network;
-      None where that is not published.
+    dcn: bytes/s that it sends to other slices, its share of the hosts' network.
+    largest: chips of the largest slice.
   """
 
   hbm: int
   hbm_rate: float
   ici: float
-  dcn: float | None
+  dcn: float
+  largest: int
 
 
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, 2026-11: HBM, its bandwidth,
-# half of the bidirectional bandwidth of the links (v4: Jouppi et al. 2023,
-# arXiv 2304.01433, 6 links of 50 GB/s). The network of v5e and v6e is a pod's
-# (6.4 and 25.6 Tbit/s) over 256 chips, that of v5p 50 Gbit/s a chip.
+# docs.cloud.google.com/tpu/docs, v5e, v5p and v6e: HBM, its bandwidth, half
+# of the bidirectional bandwidth of the links. The network of v5e and v6e is a
+# pod's (6.4 and 25.6 Tbit/s) over 256 chips, that of v5p 50 Gbit/s a chip. The
+# compiler describes a v4 core by core, which is not how it is used: left out.
 CHIPS = {
-  "TPU v4": Chip(32 * 2**30, 1200e9, 300e9, None),
-  "TPU v5 lite": Chip(16 * 2**30, 819e9, 200e9, 3.125e9),
-  "TPU v5": Chip(95 * 2**30, 2765e9, 600e9, 6.25e9),
-  "TPU v6 lite": Chip(32 * 2**30, 1638e9, 400e9, 12.5e9),
+  "TPU v5 lite": Chip(16 * 2**30, 819e9, 200e9, 3.125e9, 256),
+  "TPU v5": Chip(95 * 2**30, 2765e9, 600e9, 6.25e9, 6144),
+  "TPU v6 lite": Chip(32 * 2**30, 1638e9, 400e9, 12.5e9, 256),
 }
 
 
@@ -75,7 +75,7 @@ def roofline(
     "hbm": traffic / chip.hbm_rate,
     "ici": ici / chip.ici,
   }
-  if dcn and chip.dcn:
+  if dcn:
     seconds["dcn"] = dcn / chip.dcn
   return seconds
 

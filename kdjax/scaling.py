@@ -4,7 +4,7 @@
     python -m kdjax.scaling --config=configs/digits.py --devices=8
 
   --config=FILE[:ARG]   as for kdjax.train; --config.NAME=VALUE too
-  --topology=CHIP:SHAPE TPUs: v4, v5e, v5p or v6e, such as v5e:16x16, v5p:4x4x4
+  --topology=CHIP:SHAPE TPUs: v5e, v5p or v6e, such as v5e:16x16, v5p:4x4x4
   --slices=N            so many of them, joined by the data center's network
   --devices=N           instead: N simulated devices of this CPU
   --json=FILE           the figures, for programs
@@ -126,9 +126,17 @@ def described(topology: str, slices: int = 1) -> list[Any]:
     told = str(error).splitlines()[0]
     raise errors.UserError(
       f"got --topology={topology}, needs CHIP:SHAPE such as v5e:4x4, v5p:4x4x4 "
-      f"or v6e:16x16 (at most 256 chips of v5e and v6e, then --slices): {told}"
+      f"or v6e:16x16: {told}"
     ) from error
-  return list(found.devices)
+  devices = list(found.devices)
+  chip = chips.CHIPS.get(devices[0].device_kind)
+  each = len(devices) // slices
+  if chip is not None and each > chip.largest:
+    raise errors.UserError(
+      f"--topology={topology} has {each} chips, a slice has {chip.largest} at "
+      "most: take several, with --slices"
+    )
+  return devices
 
 
 def measure(
@@ -258,7 +266,8 @@ def table(figures: Figures) -> str:
     f"{count} x {figures.kind}{several}: {axes or 'one device'}; compiled in "
     f"{figures.compile_seconds:.0f} s",
     "",
-    memory_plan.table(figures.memory).partition("\nthe device does")[0],
+    # What this machine has says nothing of the devices.
+    memory_plan.table(figures.memory._replace(limit=None)).rpartition("\n")[0],
   ]
   chip = chips.CHIPS.get(figures.kind)
   if chip is not None:
