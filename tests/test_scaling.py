@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,7 +204,7 @@ def sharded_sum(mesh, layers):
 def test_a_compiled_program_by_hand():
   mesh, layers = parallel.make_mesh(8, data=1, fsdp=8), 5
   traced = sharded_sum(mesh, layers)
-  program = Program(traced.lower().compile().as_text())
+  program = Program(traced.lower().compile().as_text() or "")
   found = {c.kind: c for c in program.collectives([0] * 8)}
   gathered, added = found["all-gather"], found["all-reduce"]
   assert (gathered.times, gathered.bytes) == (layers, 64 * 64 * 4)
@@ -259,13 +260,15 @@ def test_a_config_on_eight_devices(tmp_path, capsys, monkeypatch):
   assert got["seconds"] is None
 
 
+def module(name) -> Any:
+  spec: Any = importlib.util.spec_from_file_location("config", CONFIGS / name)
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
+
+
 def test_networks_and_batches_from_sizes_alone():
-  module = importlib.util.spec_from_file_location(
-    "config", CONFIGS / "llm_8b_1b.py"
-  )
-  loaded = importlib.util.module_from_spec(module)
-  module.loader.exec_module(loaded)
-  c = loaded.get_config("8")
+  c = module("llm_8b_1b.py").get_config("8")
   c.mesh.fsdp, c.data.sequence_length = 8, 128
   parts = experiment(c, blank=True).parts
   shapes = jax.eval_shape(parts.student.init, jax.random.key(0), parts.batch)
@@ -278,13 +281,8 @@ def test_networks_and_batches_from_sizes_alone():
 
 
 def test_images_from_sizes_alone():
-  module = importlib.util.spec_from_file_location(
-    "config", CONFIGS / "imagenet" / "resnet152_to_mobilenet.py"
-  )
-  loaded = importlib.util.module_from_spec(module)
-  module.loader.exec_module(loaded)
-  c = loaded.get_config("smoke")
-  made = experiment(c, blank=True)
+  c = module("imagenet/resnet152_to_mobilenet.py").get_config("smoke")
+  made: Any = experiment(c, blank=True)
   assert made.source.num_classes == 1000
   assert made.parts.batch["image"].shape == (16, 32, 32, 3)
 
