@@ -107,16 +107,19 @@ def _of_forward(
   return of_program(traced(variables, dict(batch), jax.random.key(0)).jaxpr)
 
 
-def of_program(program: core.Jaxpr) -> float:
+def of_program(program: core.Jaxpr, open_trips: int = 1) -> float:
   """FLOPs of the products and convolutions of a traced program.
 
-  Of branches the dearest counts, of a loop whose length the data decide one
-  run.
+  Of branches the dearest counts.
+
+  Args:
+    program: as `jax.make_jaxpr` traces it.
+    open_trips: how often a loop runs whose length the data decide.
   """
-  return float(sum(_of_equation(equation) for equation in program.eqns))
+  return float(sum(_of_equation(x, open_trips) for x in program.eqns))
 
 
-def _of_equation(equation: core.JaxprEqn) -> float:
+def _of_equation(equation: core.JaxprEqn, open_trips: int) -> float:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     ((contracted, _), _) = params["dimension_numbers"]
@@ -127,10 +130,11 @@ def _of_equation(equation: core.JaxprEqn) -> float:
     outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
     each = math.prod(kernel) / outputs
     return 2.0 * each * math.prod(_shape(equation.outvars[0]))
-  inner = [of_program(program) for program in _programs(params)]
+  inner = [of_program(program, open_trips) for program in _programs(params)]
   if name == "cond":
     return max(inner)
-  return _times(name, params) * sum(inner)
+  times = open_trips if name == "while" else _times(name, params)
+  return times * sum(inner)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:

@@ -95,6 +95,18 @@ def plan(
     head: of `head_bytes`.
   """
   compiled = step.lower(state, frozen, batch).compile()
+  return read(compiled, state, frozen, batch, head=head)
+
+
+def read(
+  compiled: Any,
+  state: TrainState,
+  frozen: PyTree,
+  batch: Batch,
+  *,
+  head: int | None = None,
+) -> Plan:
+  """What a compiled step says; arguments as for `plan`."""
   memory: Any = compiled.memory_analysis()
   devices = sorted(
     {
@@ -324,7 +336,10 @@ def _bytes(tree: PyTree) -> int:
 def _limit(devices: Sequence[Any]) -> tuple[int | None, bool]:
   """What a device has, and whether the backend says so."""
   first = next(d for d in devices if d.process_index == jax.process_index())
-  told = (first.memory_stats() or {}).get("bytes_limit")
+  try:
+    told = (first.memory_stats() or {}).get("bytes_limit")
+  except jax.errors.JaxRuntimeError:  # compiled for what is not here
+    return None, False
   if told is not None:
     return told, True
   if first.platform != "cpu" or not hasattr(os, "sysconf"):

@@ -39,7 +39,6 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 import kdjax.config as configuration
 from kdjax import errors, metrics, preemption, processes, report
@@ -204,34 +203,19 @@ class _Arguments(NamedTuple):
 
 def _arguments(argv: Sequence[str]) -> _Arguments:
   """The flags; whatever is wrong with them as a UserError."""
-  values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=list(argv)
-  )
-  for name in ("workdir", "coordinator"):
-    flags.DEFINE_string(name, None, "", flag_values=values)
-  for name in ("processes", "process"):
-    flags.DEFINE_integer(name, None, "", flag_values=values)
-  for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
-    flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
-  try:
-    rest = values(list(argv))[1:]
-    if config.value is not None:
-      config.value.keys()  # a file that failed to load says so only when read
-  # A config is a program, and anything may go wrong in it.
-  except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise errors.UserError(
-      f"cannot use the arguments: {'; '.join(lines)}"
-    ) from (error)
-  given: dict[str, Any] = {n: values[n].value for n in _Arguments._fields}
-  given["config"] = config.value
-  for name in ("config", "workdir"):
-    if given[name] is None:
-      raise errors.UserError(f"--{name} is missing: see --help")
-  if rest:
-    raise errors.UserError(f"got {' '.join(rest)}: see --help")
-  return _Arguments(**given)
+
+  def define(values: flags.FlagValues) -> None:
+    for name in ("workdir", "coordinator"):
+      flags.DEFINE_string(name, None, "", flag_values=values)
+    for name in ("processes", "process"):
+      flags.DEFINE_integer(name, None, "", flag_values=values)
+    for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
+      flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
+
+  given = _Arguments(**configuration.arguments(argv, define))
+  if given.workdir is None:
+    raise errors.UserError("--workdir is missing: see --help")
+  return given
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ ROWS = [
     "clock",
     "flops",
     "health",
+    "hlo",
     "lora",
     "optimizers",
     "recipes",
   },
-  {"objective"},
+  {"objective", "chips"},
   {"term_inputs"},
   {"totals", "projectors"},
   {"adapters", "parallel", "terms", "generate", "importance"},
@@ -44,7 +45,7 @@ ROWS = [
   {"loop"},
   {"config", "report"},
   {"experiment"},
-  {"train"},
+  {"train", "scaling"},
   {"export"},
 ]
 

@@ -5,8 +5,10 @@ config does not show. What an open mapping (`...`) holds is checked against the
 function that it names.
 """
 
+from kdjax.config.arguments import arguments
 from kdjax.config.decoders import (
   Decoders,
+  blank_decoders,
   by_spans,
   causal_lm,
   decoder_params,
@@ -32,7 +34,9 @@ __all__ = [
   "Optimizer",
   "adapter_scale",
   "adapters",
+  "arguments",
   "augment",
+  "blank_decoders",
   "by_spans",
   "causal_lm",
   "check_keys",

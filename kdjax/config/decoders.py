@@ -17,6 +17,8 @@ from kdjax.models.decoder import Architecture, architecture, decoder
 from kdjax.pretrained import decoders
 from kdjax.types import Model, Params
 
+_SIDES = ("teacher", "student")
+
 
 class Decoders(NamedTuple):
   """The two networks of a config, as far as their files and keys tell.
@@ -56,15 +58,12 @@ def decoders_of(config: Any) -> Decoders:
       that compare token by token; more tokens than rows of the embedding.
   """
   check_student(config.student)
-  nets, given = {}, {}
-  for side in ("teacher", "student"):
-    c = config[side]
-    folder = _checkpoint_folder(c)
-    if side == "student" and (sizes := inherited_sizes(c)):
-      nets[side] = inherit.cut(nets["teacher"], **sizes)
-    else:
-      nets[side] = _net(c, folder, side)
-    given[side] = _tokenizer(c.tokenizer, folder, config.data.data_dir)
+  folders = {side: _checkpoint_folder(config[side]) for side in _SIDES}
+  nets = _nets(config, folders)
+  given = {
+    side: _tokenizer(config[side].tokenizer, folder, config.data.data_dir)
+    for side, folder in folders.items()
+  }
   # A side that names none reads as the other does.
   student = given["student"] or given["teacher"]
   teacher = given["teacher"] or student
@@ -93,6 +92,33 @@ def decoders_of(config: Any) -> Decoders:
     dict.fromkeys(own, shared.size),
     shared.warnings,
   )
+
+
+def blank_decoders(config: Any) -> Decoders:
+  """Teacher and student without tokenizers: their sizes alone.
+
+  Raises:
+    UserError: what needs texts or weights to be known.
+  """
+  if by_spans(config) or config.student.lora.rank:
+    raise errors.UserError(
+      "losses by spans and adapters need texts and weights: leave them out "
+      "where sizes alone are looked at"
+    )
+  check_student(config.student)
+  folders = {side: _checkpoint_folder(config[side]) for side in _SIDES}
+  nets = _nets(config, folders)
+  fewest = min(net.vocab_size for net in nets.values())
+  return Decoders(nets, {}, {}, dict.fromkeys(nets, fewest))
+
+
+def _nets(
+  config: Any, folders: Mapping[str, Path | None]
+) -> dict[str, Architecture]:
+  nets = {"teacher": _net(config.teacher, folders["teacher"], "teacher")}
+  if sizes := inherited_sizes(config.student):
+    return nets | {"student": inherit.cut(nets["teacher"], **sizes)}
+  return nets | {"student": _net(config.student, folders["student"], "student")}
 
 
 def _tokenizer(

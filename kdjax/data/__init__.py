@@ -4,6 +4,7 @@ from kdjax.data.augment import center_crop as center_crop
 from kdjax.data.augment import crop_and_flip as crop_and_flip
 from kdjax.data.augment import mixup as mixup
 from kdjax.data.augment import random_resized_crop as random_resized_crop
+from kdjax.data.named import blank as blank
 from kdjax.data.named import load as load
 from kdjax.data.pipeline import NORMALIZATION as NORMALIZATION
 from kdjax.data.pipeline import eval_batches as eval_batches

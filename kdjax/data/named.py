@@ -9,9 +9,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from kdjax.data.sources import RandomAccess, Source, in_memory
 from kdjax.errors import unknown
 from kdjax.types import UserError
+
+# Of the sets that papers distil on; a bank of features has a row for each.
+_NUM_TRAINING = {"cifar100": 50_000, "imagenet2012": 1_281_167}
 
 
 def load(
@@ -45,6 +50,52 @@ def load(
 
       return photos.photos(split)
     return _open(name, split, _prepared_builder(name, data_dir))
+
+
+def blank(
+  name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None
+) -> Source:
+  """A source as large as a dataset's, of images of zeros.
+
+  What TFDS knows of a dataset that nobody has prepared: its classes and the
+  shape of its images. Where these differ in size they are 256 px here, and
+  there are a million where the number is not known either.
+
+  Args:
+    name, split, data_dir: as for `load`; `digits` and `photos` are loaded.
+
+  Raises:
+    UserError: no such dataset.
+  """
+  if name in ("digits", "photos"):
+    return load(name, split, data_dir=data_dir)
+  with _quiet():
+    features = _builder(name, data_dir).info.features
+  num_classes = features["label"].num_classes
+  size = _NUM_TRAINING.get(name, 1_000_000)
+  shape = tuple(side or 256 for side in features["image"].shape)
+  return Source(
+    _Zeros(size, shape, num_classes),
+    np.resize(np.arange(num_classes), size),
+    num_classes,
+    shape,
+    name,
+    split,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+  size: int
+  shape: tuple[int, ...]
+  num_classes: int
+
+  def __len__(self) -> int:
+    return self.size
+
+  def __getitem__(self, index: int, /) -> Any:
+    image = np.zeros(self.shape, np.uint8)
+    return {"image": image, "label": index % self.num_classes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +147,12 @@ def _open(name: str, split: str, builder: Any) -> Source:
   return Source(examples, _Labels(labels), num_classes, shape, name, split)
 
 
-def _prepared_builder(
-  name: str, data_dir: str | os.PathLike[str] | None
-) -> Any:
+def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
   import tensorflow_datasets as tfds
 
   folder = None if data_dir is None else os.path.expanduser(data_dir)
   try:
-    builder = tfds.builder(name, data_dir=folder)
+    return tfds.builder(name, data_dir=folder)
   except tfds.core.DatasetNotFoundError as error:
     known = tfds.list_builders(with_community_datasets=False)
     raise unknown("dataset", name, ["digits", "photos", *known]) from error
@@ -112,7 +161,14 @@ def _prepared_builder(
       f"TFDS cannot open {name!r}: {_first_line(error)}: give it as "
       "name[/config][:version]"
     ) from error
+
+
+def _prepared_builder(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> Any:
+  builder = _builder(name, data_dir)
   if not builder.data_path.exists():
+    folder = None if data_dir is None else os.path.expanduser(data_dir)
     lines = _prepare_line(name, folder)
     if importlib.util.find_spec("tensorflow") is None:
       lines = f"`pip install tensorflow-cpu` and {lines}"

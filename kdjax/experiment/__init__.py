@@ -13,7 +13,15 @@ from kdjax.experiment.texts import TextExperiment
 __all__ = ["ImageExperiment", "TextExperiment", "experiment", "run"]
 
 
-def experiment(config: Any) -> ImageExperiment | TextExperiment:
-  """The experiment of the config's task, everything checked that can be."""
+def experiment(
+  config: Any, *, blank: bool = False
+) -> ImageExperiment | TextExperiment:
+  """The experiment of the config's task, everything checked that can be.
+
+  Args:
+    config: the whole.
+    blank: from sizes alone, without data and weights: its `parts` are all that
+      is of use.
+  """
   tasks = {"image": ImageExperiment, "text": TextExperiment}
-  return errors.choose("task", config.task, tasks)(config)
+  return errors.choose("task", config.task, tasks)(config, blank=blank)

@@ -28,13 +28,21 @@ from kdjax.types import Model, Variables
 
 
 class ImageExperiment:
-  """See `phases.Experiment`."""
+  """See `phases.Experiment`.
 
-  def __init__(self, config: Any):
+  Args:
+    config: the whole.
+    blank: sizes alone: images of zeros, and no weights are read.
+
+  Attributes:
+    parts: of the distilled step.
+  """
+
+  def __init__(self, config: Any, *, blank: bool = False):
     self.config = config
-    c = config.data
-    source = data.load(c.name, c.train_split, data_dir=c.data_dir or None)
-    held_out = data.load(c.name, c.eval_split, data_dir=c.data_dir or None)
+    c, load = config.data, data.blank if blank else data.load
+    source = load(c.name, c.train_split, data_dir=c.data_dir or None)
+    held_out = load(c.name, c.eval_split, data_dir=c.data_dir or None)
     for part in (source, held_out):
       data.check_labels(part)
     if c.labelled:
@@ -65,16 +73,21 @@ class ImageExperiment:
       **phases.share(self.mesh),
     )
     self.example = next(iter(self.eval_batches))
-    self.start = configuration.loaded(
-      config.student, self.student, self.example
-    )
+    self.start = self.loaded = None
+    if not blank:
+      self.start = configuration.loaded(
+        config.student, self.student, self.example
+      )
     # Once for both: SimKD's student is traced to be made.
     frozen = self._frozen_shapes()
     student, _ = self._distilled(frozen, 0)
     self.goal = self._goal(student, frozen)
-    phases.check_goal(config, self.goal, key="checkpoint")
-    self._trace(student, frozen)
+    self.parts = self._parts(student, frozen)
+    phases.trace(self.parts)
     self.evaluators: dict[Model, Any] = {}
+    if blank:
+      return
+    phases.check_goal(config, self.goal, key="checkpoint")
     self.loaded = configuration.loaded(
       config.teacher, self.teacher, self.example
     )
@@ -201,19 +214,19 @@ class ImageExperiment:
       {**stats, "student": self.start[1]},
     )
 
-  def _trace(self, student: Model, frozen: PyTree) -> None:
+  def _parts(self, student: Model, frozen: PyTree) -> phases.Parts:
     c = self.config
     rows = dict(self.example)
     if c.data.labelled:
       rows["labelled"] = rows["mask"]
-    phases.trace(
-      c,
+    return phases.Parts(
       student,
       self.teacher,
       self.goal,
       self.optimizers["distilled"],
       phases.batch_shapes(rows, c.data.batch_size),
-      frozen=frozen,
+      jax.eval_shape(self.stored, frozen),
+      microbatches=c.phases.distilled.microbatches,
       transform=configuration.mixup(
         c.phases.distilled, self.source.num_classes
       ),

@@ -1,8 +1,8 @@
 """The phases that every experiment has: teacher, student alone, distilled."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -11,16 +11,10 @@ from jaxtyping import Array, PyTree
 import kdjax.config as configuration
 from kdjax import errors, objective, parallel
 from kdjax.config import Optimizer
+from kdjax.losses import fused
 from kdjax.objective import Objective
-from kdjax.train_step import (
-  StudentOf,
-  TeacherOf,
-  all_frozen,
-  all_trained,
-  init_state,
-  make_train_step,
-)
-from kdjax.types import Batch, Model, Variables
+from kdjax.train_step import TrainStep, init_state, make_train_step
+from kdjax.types import Batch, Model, TrainState, Variables
 
 
 class Experiment(Protocol):
@@ -112,43 +106,74 @@ def batch_shapes(rows: Mapping[str, Any], batch_size: int) -> Batch:
   }
 
 
-def trace(
-  config: Any,
-  student: Model,
-  teacher: Model,
-  goal: Objective,
-  rule: Optimizer,
-  batch: Batch,
-  *,
-  frozen: PyTree,
-  variables: PyTree = None,
-  teacher_of: TeacherOf = all_frozen,
-  student_of: StudentOf = all_trained,
-  **of_step: Any,
-) -> None:
-  """Follows the shapes through the distilled step, so that they do fit.
+class Parts(NamedTuple):
+  """What the distilled step of a config is made of, as shapes.
 
-  Arguments are those of `init_state` and `make_train_step`; of arrays shapes
-  are enough.
+  Attributes:
+    student, teacher, goal: as for `make_train_step`.
+    rule: the optimizer.
+    batch: the whole one, of shapes.
+    frozen, variables: as for `init_state`, of shapes.
+    microbatches, transform: as for `make_train_step`.
+    views: its `teacher_of` and `student_of`, where they are not the usual ones.
   """
-  args = student, teacher, goal, rule.transformation
-  views = dict(teacher_of=teacher_of, student_of=student_of)
 
-  def begin(key: Array, batch: Batch, frozen: PyTree, variables: PyTree):
+  student: Model
+  teacher: Model
+  goal: Objective
+  rule: Optimizer
+  batch: Batch
+  frozen: PyTree
+  variables: PyTree = None
+  microbatches: int = 1
+  transform: Callable[[Batch, Array], Batch] | None = None
+  views: Mapping[str, Any] = {}
+
+
+def begun(parts: Parts) -> TrainState:
+  """The state before the first update, as shapes."""
+
+  def begin(batch: Batch, frozen: PyTree, variables: PyTree) -> TrainState:
     return init_state(
-      *args, key, batch, frozen=frozen, variables=variables, **views
+      parts.student,
+      parts.teacher,
+      parts.goal,
+      parts.rule.transformation,
+      jax.random.key(0),
+      batch,
+      frozen=frozen,
+      variables=variables,
+      **parts.views,
     )
 
-  key = jax.random.key(0)
-  state = jax.eval_shape(begin, key, dict(batch), frozen, variables)
-  step = make_train_step(
-    *args,
-    microbatches=config.phases.distilled.microbatches,
-    gradients_by_group=rule.by_group,
-    **views,
-    **of_step,
+  given = dict(parts.batch), parts.frozen, parts.variables
+  return jax.eval_shape(begin, *given)
+
+
+def step_of(parts: Parts, layout: fused.Layout | None) -> TrainStep:
+  """The step that is made of them.
+
+  Args:
+    layout: as for `make_train_step`.
+  """
+  return make_train_step(
+    parts.student,
+    parts.teacher,
+    parts.goal,
+    parts.rule.transformation,
+    microbatches=parts.microbatches,
+    gradients_by_group=parts.rule.by_group,
+    transform=parts.transform,
+    shown={"learning_rate": parts.rule.learning_rate},
+    layout=layout,
+    **parts.views,
   )
-  jax.eval_shape(step, state, frozen, batch)
+
+
+def trace(parts: Parts, layout: fused.Layout | None = None) -> None:
+  """Follows the shapes through the distilled step, so that they do fit."""
+  step = step_of(parts, layout)
+  jax.eval_shape(step, begun(parts), parts.frozen, parts.batch)
 
 
 def of_distill(

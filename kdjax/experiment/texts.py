@@ -32,20 +32,30 @@ _CALIBRATION = 8
 
 
 class TextExperiment:
-  """See `phases.Experiment`."""
+  """See `phases.Experiment`.
 
-  def __init__(self, config: Any):
+  Args:
+    config: the whole.
+    blank: sizes alone: no texts, no tokenizers, no weights.
+
+  Attributes:
+    parts: of the distilled step.
+  """
+
+  def __init__(self, config: Any, *, blank: bool = False):
     self.config, self.mesh = config, parallel.make_mesh(**config.mesh)
     self.partition = {
       side: configuration.partition(config, side, self.mesh, PARTITION)
       for side in ("teacher", "student")
     }
     self.optimizers = phases.optimizers(config, self.mesh)
-    self.made = configuration.decoders_of(config)
+    made = configuration.blank_decoders if blank else configuration.decoders_of
+    self.made = made(config)
     for line in self.made.warnings if processes.lead() else ():
       print(f"kdjax: {line}", file=sys.stderr)
     self.by_spans = configuration.by_spans(config)
-    self._read_texts()
+    if not blank:
+      self._read_texts()
     self.models = {
       side: configuration.causal_lm(
         net, config[side], config.head, self.made.num_classes[side]
@@ -57,24 +67,20 @@ class TextExperiment:
     if self.by_spans:
       self.teacher = adapters.reading(self.teacher, "teacher_")
     self.layout = fused.over(self.mesh)
-    self.example = next(iter(self._batches("student", 0)))
+    if blank:
+      rows = text.blank_rows(0, config.data.sequence_length)
+      self.example = phases.batch_shapes(rows, config.data.batch_size)
+    else:
+      self.example = next(iter(self._batches("student", 0)))
     self.goal = self._goal()
-    phases.check_goal(config, self.goal, key="path")
-    self.start, frozen = self._loaded("student"), self._shapes("teacher")
-    given: dict[str, Any] = {"frozen": frozen}
-    if config.student.lora.rank:
-      given = jax.eval_shape(self._student, frozen)
-    phases.trace(
-      config,
-      self.models["student"],
-      self.teacher,
-      self.goal,
-      self.optimizers["distilled"],
-      phases.batch_shapes(self.example, config.data.batch_size),
-      **given,
-      **self._views(taught=True),
-      layout=self.layout,
-    )
+    self.start, self.loaded = None, None
+    if not blank:
+      phases.check_goal(config, self.goal, key="path")
+      self.start = self._loaded("student")
+    self.parts = self._parts()
+    phases.trace(self.parts, self.layout)
+    if blank:
+      return
     theirs = self.start
     if not self._is_base():
       theirs = self._loaded("teacher")
@@ -210,6 +216,23 @@ class TextExperiment:
       sequence_length=self.lengths[side],
       cut=self.cut,
       **phases.share(self.mesh),
+    )
+
+  def _parts(self) -> phases.Parts:
+    c = self.config
+    frozen = jax.eval_shape(self.stored, self._shapes("teacher"))
+    given: dict[str, Any] = {"frozen": frozen}
+    if c.student.lora.rank:
+      given = jax.eval_shape(self._student, frozen)
+    return phases.Parts(
+      self.models["student"],
+      self.teacher,
+      self.goal,
+      self.optimizers["distilled"],
+      phases.batch_shapes(self.example, c.data.batch_size),
+      **given,
+      microbatches=c.phases.distilled.microbatches,
+      views=self._views(taught=True),
     )
 
   def _shapes(self, side: str) -> Variables:

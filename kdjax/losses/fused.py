@@ -376,6 +376,17 @@ def _slope_dtype(dtype: Any) -> Any:
   return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
+def num_chunks(layout: Layout, num_tokens: int, size: int) -> int:
+  """How often the loop over a device's tokens runs, where all of them count.
+
+  Args:
+    layout: of the head.
+    num_tokens: on each device.
+    size: classes.
+  """
+  return -(-num_tokens // _sizes(layout, num_tokens, size)[0])
+
+
 def _sizes(layout: Layout, num_tokens: int, size: int) -> tuple[int, int]:
   """Tokens in a chunk, and of those how many f sees at once."""
   on_cpu = jax.default_backend() == "cpu"

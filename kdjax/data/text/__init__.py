@@ -10,6 +10,7 @@ from kdjax.data.text.documents import from_list as from_list
 from kdjax.data.text.documents import hold_out as hold_out
 from kdjax.data.text.files import from_tfds as from_tfds
 from kdjax.data.text.files import read as read
+from kdjax.data.text.packing import blank_rows as blank_rows
 from kdjax.data.text.packing import check_length as check_length
 from kdjax.data.text.packing import eval_batches as eval_batches
 from kdjax.data.text.packing import next_token as next_token

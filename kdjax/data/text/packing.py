@@ -159,16 +159,9 @@ def fill(
   num_bytes: bool = False,
 ) -> dict[str, np.ndarray]:
   """The arrays of rows given as pieces, padded to `length`."""
-  shape = (len(rows), length)
-  batch = {
-    "tokens": np.full(shape, tokens.pad, np.int32),
-    "label": np.full(shape, tokens.pad, np.int32),
-    "mask": np.zeros(shape, np.float32),
-    "segment_ids": np.zeros(shape, np.int32),
-    "positions": np.zeros(shape, np.int32),
-  }
+  batch = blank_rows(len(rows), length, tokens.pad)
   if num_bytes:
-    batch["num_bytes"] = np.zeros(shape, np.int32)
+    batch["num_bytes"] = np.zeros((len(rows), length), np.int32)
   for b, pieces in enumerate(rows):
     at = 0
     for segment, (document, start, stop) in enumerate(pieces, 1):
@@ -186,6 +179,18 @@ def fill(
         batch["num_bytes"][place] = tokens.num_bytes[source][1:]
       at += stop - start
   return batch
+
+
+def blank_rows(count: int, length: int, pad: int = 0) -> dict[str, np.ndarray]:
+  """Rows of padding alone, `[count, length]`."""
+  shape = (count, length)
+  return {
+    "tokens": np.full(shape, pad, np.int32),
+    "label": np.full(shape, pad, np.int32),
+    "mask": np.zeros(shape, np.float32),
+    "segment_ids": np.zeros(shape, np.int32),
+    "positions": np.zeros(shape, np.int32),
+  }
 
 
 def num_shortened(tokens: Tokens, sequence_length: int) -> int:

@@ -1,0 +1,436 @@
+"""What a compiled program says of itself: loops, collectives, memory traffic.
+
+Read from the text of `compiled.as_text()`, one device of many. XLA's own
+count takes the body of a loop once; here each instruction counts as often as
+the loops around it run.
+"""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+)
+_BEGIN = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(to_apply|calls|body)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BITS = re.compile(r"[a-z]+?(\d+)")
+# Instructions that move nothing by themselves.
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
+  "conditional", "call", "after-all", "partition-id", "replica-id", "iota",
+  "opt-barrier", "add-dependency",
+}  # fmt: skip
+
+
+class Array(NamedTuple):
+  """An array of the program: its bytes, and whether it lies in HBM."""
+
+  bytes: int
+  in_hbm: bool
+  shape: str
+
+
+class Instruction(NamedTuple):
+  name: str
+  arrays: tuple[Array, ...]
+  kind: str
+  operands: tuple[str, ...]
+  rest: str
+  root: bool
+
+
+class Collective(NamedTuple):
+  """A collective operation, as often as a step runs it.
+
+  Attributes:
+    kind: one of `KINDS`.
+    bytes: of the whole array: what is gathered, what is reduced.
+    group: the devices that take part, one of several like groups.
+    times: how often a step runs it.
+    shape: the array, as the program writes it.
+    source: the operation of the traced program that it comes from.
+  """
+
+  kind: str
+  bytes: int
+  group: tuple[int, ...]
+  times: int
+  shape: str
+  source: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that each device sends in a ring, once.
+
+    n devices: (n - 1) / n of the array, twice that for an all-reduce, which is
+    a reduce-scatter and an all-gather; a permutation sends all of it.
+    """
+    n = len(self.group)
+    if self.kind == "collective-permute":
+      return float(self.bytes)
+    once = self.bytes * (n - 1) / n
+    return 2 * once if self.kind == "all-reduce" else once
+
+
+class Program:
+  """The text of a compiled program, taken apart.
+
+  Args:
+    text: of `compiled.as_text()`.
+    open_trips: how often a loop runs whose length the data decide.
+  """
+
+  def __init__(self, text: str, open_trips: int = 1):
+    self._open_trips = open_trips
+    self.computations: dict[str, list[Instruction]] = {}
+    self.entry, inside = "", ""
+    for line in text.splitlines():
+      if begin := _BEGIN.match(line):
+        inside = begin[2]
+        self.entry = inside if begin[1] else self.entry
+        self.computations[inside] = []
+      elif inside and (found := _instruction(line)):
+        self.computations[inside].append(found)
+    self._callers = self._found_callers()
+
+  @functools.cached_property
+  def times(self) -> Mapping[str, int]:
+    """How often a step runs each computation."""
+
+    @functools.cache
+    def of(name: str) -> int:
+      if name == self.entry:
+        return 1
+      return sum(of(by) * trips for by, trips, _ in self._callers[name])
+
+    return {name: of(name) for name in self.computations}
+
+  def collectives(self, slices: Sequence[int]) -> list[Collective]:
+    """Those of a step, each operation of the program once.
+
+    Args:
+      slices: of each device of the program, the slice that it is in.
+    """
+    found: dict[Any, Collective] = {}
+    for name, instructions in self.computations.items():
+      times = self.times[name]
+      for one in instructions if times else ():
+        made = _of(one, slices, times)
+        if made is None:
+          continue
+        # A TPU's reduce-scatter is written as an all-reduce that is cut.
+        if name.startswith("all-reduce-scatter"):
+          made = made._replace(kind="reduce-scatter")
+        key: Any = name, one.name
+        channel = re.search(r"channel_id=(\d+)", one.rest)
+        # Overlapped with other work, one operation is a part of several.
+        if channel and self._is_fused(name):
+          key = channel[1], made.shape
+        found[key] = made
+    return list(found.values())
+
+  def traffic(self) -> int:
+    """Bytes that a step reads from and writes to HBM, at the least.
+
+    What goes in and out of each instruction that is not part of a fused one. Of
+    what is only sliced, gathered from, or updated in place, the slice counts.
+    """
+    return sum(
+      self.times[name] * sum(self._moved(one, arrays) for one in instructions)
+      for name, instructions in self.computations.items()
+      if self.times[name] and not self._is_fused(name)
+      for arrays in [{one.name: one.arrays for one in instructions}]
+    )
+
+  def _found_callers(self) -> dict[str, list[tuple[str, int, str]]]:
+    """Computation -> (its caller, runs for each of the caller's, by what)."""
+    callers = collections.defaultdict(list)
+    for name, instructions in self.computations.items():
+      for one in instructions:
+        for how, called in _CALLED.findall(one.rest):
+          trips = self._trips(one, name) if how == "body" else 1
+          callers[called].append((name, trips, one.kind))
+        for listed in _BRANCHES.findall(one.rest):
+          for called in re.findall(r"[\w.-]+", listed):
+            callers[called].append((name, 1, one.kind))
+    return callers
+
+  def _trips(self, loop: Instruction, around: str) -> int:
+    """From the compiler's note, or from the loop's counter and its limit."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known[1])
+    called = dict(re.findall(r"(condition|body)=%?([\w.-]+)", loop.rest))
+    condition, body = (called.get(k, "") for k in ("condition", "body"))
+    test = self._root(condition)
+    given = self._find(around, loop.operands[0])
+    if test is None or test.kind != "compare" or given is None:
+      return self._open_trips
+    counter, limit = (self._find(condition, x) for x in test.operands)
+    at = _index(counter)
+    if at is None or limit is None:
+      return self._open_trips
+
+    def begins(index: int) -> int | None:
+      return _value(self._find(around, given.operands[index]))
+
+    end, start = _value(limit), begins(at)
+    if (where := _index(limit)) is not None:
+      end = begins(where)
+    last = self._root(body)
+    moved = last and self._find(body, last.operands[at])
+    step = 1
+    if moved and moved.kind == "add":
+      added = [_value(self._find(body, x)) for x in moved.operands]
+      step = next((n for n in added if n), 1)
+    if end is None:
+      return self._open_trips
+    return max(-(-(end - (start or 0)) // step), 1)
+
+  def _root(self, name: str) -> Instruction | None:
+    inside = self.computations.get(name, [])
+    return next((x for x in inside if x.root), None)
+
+  def _find(self, inside: str, name: str) -> Instruction | None:
+    """What an operand is, copies looked through."""
+    by_name = self._by_name[inside]
+    found = by_name.get(name)
+    while found and found.kind in ("copy", "copy-start", "copy-done"):
+      found = by_name.get(found.operands[0])
+    return found
+
+  @functools.cached_property
+  def _by_name(self) -> Mapping[str, Mapping[str, Instruction]]:
+    return {
+      name: {x.name: x for x in instructions}
+      for name, instructions in self.computations.items()
+    }
+
+  def _is_fused(self, name: str) -> bool:
+    """Whether its caller is an instruction that counts as one."""
+    if name == self.entry:
+      return False
+    kinds = {kind for _, _, kind in self._callers[name]}
+    return not kinds & {"while", "conditional", "call"}
+
+  def _moved(
+    self, one: Instruction, arrays: Mapping[str, tuple[Array, ...]]
+  ) -> int:
+    kind = one.kind
+    if kind in _FREE or kind.endswith(("-done", "-update")):
+      return 0
+    if kind in ("copy-start", "slice-start", "dynamic-slice-start"):
+      # (destination, source, ...) or (source, destination, ...): what is
+      # copied is the smaller, and each end counts that lies in HBM.
+      ends = one.arrays[:2]
+      return min(a.bytes for a in ends) * sum(a.in_hbm for a in ends)
+    if kind in ("dynamic-slice", "gather"):
+      return 2 * _in_hbm(one.arrays)
+    if kind == "dynamic-update-slice":
+      return 2 * _in_hbm(arrays.get(one.operands[1], ()))
+    called = re.search(r"calls=%?([\w.-]+)", one.rest)
+    if kind == "fusion" and called and called[1] in self.computations:
+      return self._moved_by_fusion(one, self.computations[called[1]], arrays)
+    given = sum(_in_hbm(arrays.get(name, ())) for name in one.operands)
+    return given + _in_hbm(one.arrays)
+
+  def _moved_by_fusion(
+    self,
+    one: Instruction,
+    inside: list[Instruction],
+    arrays: Mapping[str, tuple[Array, ...]],
+  ) -> int:
+    by_name = {x.name: x for x in inside}
+    total = 0
+    for x in inside:
+      if x.kind == "parameter":
+        given = arrays.get(one.operands[int(x.operands[0])], ())
+        total += int(min(_read(x.name, inside), _in_hbm(given)))
+    results = next(x for x in inside if x.root)
+    made = results.operands if results.kind == "tuple" else (results.name,)
+    for name, array in zip(made, one.arrays):
+      while by_name[name].kind == "bitcast":
+        name = by_name[name].operands[0]
+      written, last = array.bytes, by_name[name]
+      if last.kind == "dynamic-update-slice":
+        written = by_name[last.operands[1]].arrays[0].bytes
+      total += written if array.in_hbm else 0
+    return total
+
+
+def _index(one: Instruction | None) -> int | None:
+  """Which element of a loop's variables it is."""
+  if one is None or one.kind != "get-tuple-element":
+    return None
+  found = re.search(r"index=(\d+)", one.rest)
+  return int(found[1]) if found else None
+
+
+def _value(one: Instruction | None) -> int | None:
+  """The number that a constant is."""
+  if one is None or one.kind != "constant" or not one.operands:
+    return None
+  return int(one.operands[0]) if one.operands[0].lstrip("-").isdigit() else None
+
+
+def _read(name: str, inside: list[Instruction]) -> float:
+  """Bytes that a fusion reads of one of its parameters."""
+  total = 0.0
+  for x in inside:
+    if name not in x.operands:
+      continue
+    if x.kind in ("dynamic-slice", "gather") and x.operands[0] == name:
+      total += x.arrays[0].bytes
+    elif x.kind == "dynamic-update-slice" and x.operands[0] == name:
+      continue
+    elif x.kind == "bitcast":
+      total += _read(x.name, inside)
+    else:
+      return math.inf
+  return total
+
+
+def _in_hbm(arrays: tuple[Array, ...]) -> int:
+  return sum(a.bytes for a in arrays if a.in_hbm)
+
+
+def _instruction(line: str) -> Instruction | None:
+  named = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
+  if not named:
+    return None
+  shape, rest = _until_closed(line[named.end() :])
+  kind = re.match(r" ([\w-]+)\(", rest)
+  if not kind:
+    return None
+  operands, rest = _until_closed(rest[kind.end() - 1 :])
+  names = re.findall(r"%([\w.-]+)", operands)
+  if not names:
+    names = [x.split()[-1] for x in operands[1:-1].split(",") if x.strip()]
+  arrays = tuple(_arrays(shape))
+  return Instruction(
+    named[2], arrays, kind[1], tuple(names), rest, bool(named[1])
+  )
+
+
+def _until_closed(text: str) -> tuple[str, str]:
+  """What stands before the first space or comma outside brackets; the rest."""
+  depth = 0
+  for n, letter in enumerate(text):
+    depth += (letter in "([{") - (letter in ")]}")
+    if depth == 0 and (letter == ")" or text[n + 1 : n + 2] in ("", " ", ",")):
+      return text[: n + 1], text[n + 1 :]
+  return text, ""
+
+
+def _arrays(shape: str) -> Iterator[Array]:
+  for dtype, sizes, layout in _ARRAY.findall(shape):
+    bits = _BITS.match(dtype)
+    width = int(bits[1]) / 8 if bits else 1  # pred; a token has no size
+    count = math.prod(int(n) for n in sizes.split(",") if n)
+    size = 0 if dtype == "token" else math.ceil(count * width)
+    elsewhere = re.search(r"S\([1-9]\)", layout)
+    yield Array(size, not elsewhere, f"{dtype}[{sizes}]")
+
+
+def _of(
+  one: Instruction, slices: Sequence[int], times: int
+) -> Collective | None:
+  """The collective that an instruction is, if any."""
+  kind = one.kind.removesuffix("-start")
+  if kind == "send":
+    return _across(one, slices, times)
+  if kind not in KINDS:
+    return None
+  group = _group(one.rest, len(slices))
+  arrays = [a for a in one.arrays if a.shape != "u32[]"]
+  total, n = sum(a.bytes for a in arrays), len(group)
+  if one.kind == "all-gather-start":  # what goes in stands there too
+    total = total * n // (n + 1)
+  elif one.kind == "collective-permute-start":
+    total //= 2
+  elif kind == "reduce-scatter":
+    total *= n
+  shape = max(arrays, key=lambda a: a.bytes).shape if arrays else ""
+  return Collective(kind, total, group, times, shape, _source(one))
+
+
+def _across(
+  one: Instruction, slices: Sequence[int], times: int
+) -> Collective | None:
+  """A collective over slices, which the hosts do: a device hands its part out.
+
+  The devices that hold the same part in each slice exchange it.
+  """
+  told = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
+  if not told:
+    return None
+  kind = told[1].lower().replace("_", "-")
+  group = tuple(slices.index(n) for n in sorted(set(slices)))
+  size = one.arrays[0].bytes
+  if kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all"):
+    size *= len(group) if kind == "all-gather" else 1
+  else:
+    kind = "collective-permute"
+  return Collective(kind, size, group, times, one.arrays[0].shape, _source(one))
+
+
+def _source(one: Instruction) -> str:
+  source = re.search(r'op_name="([^"]*)"', one.rest)
+  return source[1] if source else ""
+
+
+def _group(rest: str, num_devices: int) -> tuple[int, ...]:
+  """The first of the groups of an operation.
+
+  They are written as a list, as the axes of a mesh, or as a range that is
+  shaped and transposed.
+  """
+  if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+    return int(pairs[1]), int(pairs[2])
+  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+    return tuple(int(n) for n in listed[1].split(","))
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    sizes = [int(n) for n in re.findall(r"=(\d+)", mesh[1])]
+    names = re.findall(r"'([^']+)'=", mesh[1])
+    taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])
+    return _along(names, sizes, taken)
+  shaped = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+  if found := re.search(shaped, rest):
+    sizes = [int(n) for n in found[3].split(",")]
+    axes = [int(n) for n in (found[4] or "").split(",") if n]
+    ids = _transposed(sizes, axes or list(range(len(sizes))))
+    return tuple(ids[: int(found[2])])
+  return tuple(range(num_devices))
+
+
+def _along(
+  names: list[str], sizes: list[int], taken: list[tuple[str, str, str]]
+) -> tuple[int, ...]:
+  """Devices that differ along some axes of a mesh, from the first on."""
+  ids = [0]
+  for name, before, part in taken:
+    at = names.index(name)
+    stride, count = math.prod(sizes[at + 1 :]), sizes[at]
+    if part:  # of the axis, taken apart, one factor
+      stride *= count // (int(before) * int(part))
+      count = int(part)
+    ids = [i + stride * n for i in ids for n in range(count)]
+  return tuple(ids)
+
+
+def _transposed(sizes: list[int], axes: list[int]) -> list[int]:
+  """0, 1, ... in this shape, transposed, in order."""
+  strides = [math.prod(sizes[n + 1 :]) for n in range(len(sizes))]
+  ids = [0]
+  for axis in axes:
+    ids = [i + strides[axis] * n for i in ids for n in range(sizes[axis])]
+  return ids
