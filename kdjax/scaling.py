@@ -169,6 +169,7 @@ def measure(
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - begin
     parts = made.parts
+    trips = _head_trips(parts, mesh)
     state = phases.begun(parts)
     of_model = of_step(
       parts.student,
@@ -180,7 +181,6 @@ def measure(
   text = compiled.as_text() or ""
   if hlo is not None:
     hlo.write_text(text)
-  trips = _head_trips(made.parts, mesh)
   program, count = Program(text, trips), len(devices)
   # The program numbers the devices as the mesh has them.
   slices = chips.slice_of(mesh.devices.flat)
