@@ -8,6 +8,7 @@ one device or under `jax.pmap`, these functions return what they get.
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,6 +42,35 @@ def gathered(w: jax.Array) -> jax.Array:
   if not _axes():
     return w
   return _constrain(w, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
+def divides(batch: int, heads: int) -> bool:
+  """Whether the mesh around this trace splits so many examples and heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return False
+  parts = math.prod(_sizes().get(axis, 1) for axis in BATCH_AXES)
+  return batch % parts == 0 and heads % _sizes().get("model", 1) == 0
+
+
+def apart(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """f(q, k, v, segments), each device its own examples and heads.
+
+  For kernels that the compiler cannot split: f of `[B, S, heads, d]` three
+  times and `[B, S]` or None, which `divides` says the mesh divides.
+  """
+  sizes = _sizes()
+  if not sizes:
+    return f
+  rows = tuple(axis for axis in BATCH_AXES if axis in sizes)
+  heads = "model" if "model" in sizes else None
+  whole = PartitionSpec(rows, None, heads, None)
+  return jax.shard_map(
+    f,
+    in_specs=(whole, whole, whole, PartitionSpec(rows, None)),
+    out_specs=whole,
+    check_vma=False,
+  )
 
 
 def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_decoders import NAMES, assert_close, golden
 
+from kdjax import parallel, pins
 from kdjax.errors import UserError
 from kdjax.models.decoder import attention, decoder, network
 from kdjax.types import LinearLogits
@@ -190,13 +191,60 @@ def test_a_kernel_gets_each_layers_window(monkeypatch):
     return attention.dense(q, k, v, mask, scale=scale, softcap=softcap)[0]
 
   monkeypatch.setattr(attention, "splash", stand_in)
-  monkeypatch.setattr(attention, "kernel", lambda *_: "splash")
+  monkeypatch.setattr(attention, "kernel", lambda *_, **__: "splash")
   model = decoder(stored.net)
   output, _ = jax.jit(
     lambda t: model.apply(stored.params, {}, {"tokens": t}, train=False)
   )(stored.tokens)
   assert_close(output.logits, stored.logits)
   assert set(seen) == {4, None}
+
+
+def test_the_kernel_sees_each_devices_own_examples_and_heads(monkeypatch):
+  """Interpreted, over a mesh: the equation's values and gradients."""
+  monkeypatch.setattr(
+    attention, "splash", functools.partial(attention.splash, interpret=True)
+  )
+  seen = []
+
+  def chosen(*_, alone):
+    seen.append(alone)
+    return "splash" if alone else None
+
+  monkeypatch.setattr(attention, "kernel", chosen)
+  model = decoder(
+    dict(
+      model_type="llama",
+      vocab_size=32,
+      hidden_size=16,
+      intermediate_size=16,
+      num_hidden_layers=1,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      max_position_embeddings=128,
+    )
+  )
+  rng = np.random.default_rng(0)
+  batch = {
+    "tokens": rng.integers(0, 32, (4, 128)),
+    "segment_ids": np.sort(rng.integers(1, 4, (4, 128))),
+  }
+  params, _ = model.init(jax.random.key(0), {})
+
+  def loss(params, over):
+    with pins.inside(over):
+      output, _ = model.apply(params, {}, batch, train=True)
+    return jnp.sum(jnp.sin(output.logits))
+
+  mesh = parallel.make_mesh(data=2, fsdp=2, model=2)
+  run = lambda over: jax.jit(  # noqa: E731
+    jax.value_and_grad(functools.partial(loss, over=over))
+  )
+  everywhere = parallel.put(params, mesh)
+  jax.tree.map(assert_close, run(mesh)(everywhere), run(None)(params))
+  assert seen[0]
+  assert not seen[-1]
+  assert "shard_map" in str(jax.make_jaxpr(run(mesh))(params))
 
 
 def test_a_tap_that_is_not_asked_for_is_not_kept():

@@ -138,16 +138,26 @@ def splash(
 
 
 def kernel(
-  dtype: jnp.dtype, length: int, head_dim: int, softcap: float | None
+  dtype: jnp.dtype,
+  length: int,
+  head_dim: int,
+  softcap: float | None,
+  *,
+  alone: bool,
 ) -> str | None:
-  """The fused attention that the backend has for these sizes, if any."""
+  """The fused attention that the backend has for these sizes, if any.
+
+  Args:
+    alone: whether each device will see whole rows and heads, by itself or
+      through `pins.apart`.
+  """
   backend = jax.default_backend()
   if backend == "gpu":
     half = jnp.dtype(dtype) in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
     fits = head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
     return "cudnn" if half and fits and softcap is None else None
-  # A kernel is not split over a mesh by the compiler.
-  fits = length % 128 == 0 and jax.device_count() == 1
+  # The compiler does not split this kernel over a mesh.
+  fits = length % 128 == 0 and alone
   return "splash" if backend == "tpu" and fits else None
 
 

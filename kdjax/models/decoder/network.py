@@ -205,7 +205,12 @@ def hidden(
     key is not None and net.attention_dropout
   ):
     kernel = attention.kernel(
-      dtype, tokens.shape[1], net.head_dim, net.attention_softcap
+      dtype,
+      tokens.shape[1],
+      net.head_dim,
+      net.attention_softcap,
+      alone=jax.device_count() == 1
+      or pins.divides(tokens.shape[0], net.kv_heads),
     )
 
   def step(x: Array, layer: Layer) -> tuple[Array, dict[str, Array]]:
@@ -250,11 +255,14 @@ def _attend(
     q: Array, k: Array, v: Array, layer: Layer
   ) -> tuple[Array, dict[str, Array]]:
     # A kernel's window is a number of the program: one branch for each.
+    attend = one_of[str(kernel)]
     branches = [
-      functools.partial(one_of[str(kernel)], segments=segments, window=window)
+      functools.partial(attend, window=window)
       for window in dict.fromkeys(net.windows)
     ]
-    return jax.lax.switch(layer.window, branches, q, k, v), {}
+    if kernel == "splash":
+      branches = [pins.apart(branch) for branch in branches]
+    return jax.lax.switch(layer.window, branches, q, k, v, segments), {}
 
   def plain(
     q: Array, k: Array, v: Array, layer: Layer
