@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kdjax import parallel
+from kdjax import parallel, pins
 from kdjax.errors import UserError
 from kdjax.losses import fused
 from kdjax.models.decoder import PARTITION, decoder
@@ -94,6 +94,7 @@ MESH = functools.cache(lambda: parallel.make_mesh(data=2, fsdp=2, model=2))
     ("layers/query/kernel", (3, 64, 31), P(None, "fsdp", None)),
     # As many axes as the rule has: the factors of a moment have not.
     ("layers/query/kernel", (3, 640), P(None, "fsdp")),
+    ("layers/query/kernel", (640, 4), P("fsdp")),
     ("embed/kernel", (100, 64), P("model", "fsdp")),
     # No rule: the widest axis that fsdp divides.
     ("conv/kernel", (3, 3, 64, 128), P(None, None, None, "fsdp")),
@@ -118,6 +119,28 @@ def test_the_first_rule_that_fits_counts(name, shape, want):
 def test_what_is_no_rule_is_refused(rule, told):
   with pytest.raises(UserError, match=told):
     parallel.check_rules([rule], MESH(), "key")
+
+
+def test_examples_are_pinned_to_what_splits_the_batch():
+  def lies(rows, over):
+    def run(x):
+      with pins.inside(over):
+        return pins.by_example(x + 1)
+
+    x = parallel.put(np.ones((rows, 3)), MESH())
+    return jax.jit(run)(x).sharding.spec
+
+  assert lies(8, MESH()) == P(("data", "fsdp"))
+  # Neither without a mesh around the trace nor where its axes do not divide.
+  assert lies(8, None) == lies(6, MESH()) == P()
+
+
+def test_a_kernel_is_called_apart_where_the_mesh_divides_rows_and_heads():
+  with pins.inside(MESH()):
+    assert pins.divides(8, 2)
+    assert not pins.divides(6, 2)
+    assert not pins.divides(8, 3)
+  assert not pins.divides(8, 2)
 
 
 def test_created_arrays_are_split_and_what_they_close_over_is_no_constant():
