@@ -95,7 +95,7 @@ class Checkpointer:
     written anew.
 
     Args:
-      step: number of updates made.
+      step: number of batches taken.
       state: arrays over any devices of any processes.
       position: of the input, as JSON (keys become strings, tuples lists) or
         bytes.

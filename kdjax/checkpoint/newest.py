@@ -29,7 +29,7 @@ class Restored(NamedTuple):
   """What `restore` returns.
 
   Attributes:
-    step: number of updates made when the checkpoint was taken.
+    step: number of batches taken, and of updates but for those skipped.
     state: bit-identical to what was saved, on the shardings of `like`.
     position: where the input stood.
     facts: what the run said of itself.
