@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kdjax import errors
+from kdjax import errors, processes
 
 # The first steps fill caches and queues.
 WARM_UP = 3
@@ -49,7 +49,7 @@ class Profile:
     spare = max(steps - start - num_steps, 0)
     self._first = start + 1 + min(WARM_UP, spare)
     self._last = min(self._first + num_steps - 1, steps)
-    self._wanted = num_steps > 0 and jax.process_index() == 0
+    self._wanted = num_steps > 0 and processes.lead()
 
   def before(self, step: int) -> None:
     if self._wanted and step == self._first:

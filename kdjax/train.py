@@ -141,16 +141,12 @@ def _run(argv: Sequence[str]) -> int:
     given.process,
     seconds=given.start_seconds,
   )
-  processes.initialize(
-    place,
-    _facts(config, workdir),
-    start_seconds=given.start_seconds,
-    lost_seconds=given.lost_seconds,
-  )
-  if "://" in workdir:
-    raise errors.UserError(
-      f"--workdir {workdir} is a bucket's address, must be a folder: mount the "
-      "bucket (gcsfuse), or give a disk that all machines see"
+  if place is not None:  # alone, there is nobody to compare with
+    processes.initialize(
+      place,
+      _facts(config, workdir),
+      start_seconds=given.start_seconds,
+      lost_seconds=given.lost_seconds,
     )
   folders = Path(workdir) / "compiled", Path(workdir)
   new = [folder for folder in folders if not folder.exists()]
@@ -215,6 +211,11 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
   given = _Arguments(**configuration.arguments(argv, define))
   if given.workdir is None:
     raise errors.UserError("--workdir is missing: see --help")
+  if "://" in given.workdir:
+    raise errors.UserError(
+      f"--workdir {given.workdir} is a bucket's address, must be a folder: "
+      "mount the bucket (gcsfuse), or give a disk that all machines see"
+    )
   return given
 
 

@@ -95,8 +95,11 @@ def alone() -> bool:
 
 
 def lead() -> bool:
-  """Whether this process prints and writes what is written once."""
-  return _crew is None or _crew.place.index == 0
+  """Whether this process prints and writes what is written once.
+
+  By jax's own number: a program may have begun the processes itself.
+  """
+  return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
