@@ -38,7 +38,7 @@ import optax
 from method_cost import in_turn
 from step_flops import RESULTS, bytes_of, products, put, save, temporary
 
-from kdjax import parallel
+from kdjax import flops, parallel
 from kdjax.in_parts import in_parts
 from kdjax.losses.fused import Layout
 from kdjax.models.decoder import architecture, decoder
@@ -48,8 +48,6 @@ from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import Model
 
 T, ALPHA, PARTS = 2.0, 0.1, 4
-# TFLOP/s of dense products in bfloat16, of the makers' data sheets.
-PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L4": 121, "T4": 65}
 
 
 class Size(NamedTuple):
@@ -276,8 +274,9 @@ def time(
 
 
 def _peak() -> float | None:
-  kind = jax.devices()[0].device_kind
-  return next((PEAKS[name] for name in PEAKS if name in kind), None)
+  """TFLOP/s of this device."""
+  found = flops.peak(jax.devices()[0].device_kind)
+  return found and found / 1e12
 
 
 def _chunk() -> int:

@@ -9,7 +9,7 @@ unless the compiler splits an array over several.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kdjax import flops
 from kdjax.hlo import Collective
@@ -96,7 +96,3 @@ def sent(one: Collective, slices: Sequence[int]) -> tuple[float, float]:
   twice = 2 if one.kind == "all-reduce" else 1
   within = twice * one.bytes * (m - 1) / m
   return within, twice * one.bytes / m * (k - 1) / k
-
-
-def slice_of(devices: Iterable[Any]) -> list[int]:
-  return [getattr(device, "slice_index", 0) for device in devices]

@@ -133,8 +133,8 @@ def distill(
     show_sharding: show a table of what is split how.
     folder: for checkpoints and metrics; started again with the same one, the
       run goes on where it was. None writes nothing.
-    save_every: updates between evaluations and checkpoints.
-    save_minutes: between checkpoints at other updates, without evaluation; 0
+    save_every: steps between evaluations and checkpoints.
+    save_minutes: between checkpoints at other steps, without evaluation; 0
       makes none.
     keep_last, keep_best: checkpoints kept: the newest, and those with the
       lowest `eval/nll`.
@@ -173,8 +173,6 @@ def distill(
     mesh,
     microbatches=microbatches,
   )
-  parallel.check_rules(partition, mesh, "partition")
-  parallel.check_rules(teacher_partition, mesh, "teacher_partition")
   placed, state = opening.place(
     student,
     teacher,

@@ -37,8 +37,10 @@ class Placed(NamedTuple):
   theirs: Any
   params: PyTree
 
-  def head(self, goal: Objective, rows: Batch, **of_step: Any) -> Any:
-    """What the head takes, which another compilation tells: a function."""
+  def head(
+    self, goal: Objective, rows: Batch, **of_step: Any
+  ) -> Callable[[], int]:
+    """A function that says what the head takes, by another compilation."""
     return functools.partial(
       memory_plan.head_bytes,
       self.student,

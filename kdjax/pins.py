@@ -18,6 +18,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 
 
+def batch_axes(mesh: Any) -> tuple[str, ...]:
+  """Those of them that a mesh has, an abstract one too."""
+  return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+
+
 def inside(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
   """What is traced in this context is pinned to that mesh."""
   if mesh is None or mesh.size == 1:
@@ -31,7 +36,7 @@ def by_example(x: jax.Array) -> jax.Array:
   But for the axis `model`: what it splits stays split.
   """
   axes = _axes()
-  if not axes or x.shape[0] % math.prod(_sizes()[a] for a in axes):
+  if not axes or x.shape[0] % _parts():
     return x
   free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
   return _constrain(x, PartitionSpec(axes, *free))
@@ -49,8 +54,7 @@ def divides(batch: int, heads: int) -> bool:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
     return False
-  parts = math.prod(_sizes().get(axis, 1) for axis in BATCH_AXES)
-  return batch % parts == 0 and heads % _sizes().get("model", 1) == 0
+  return batch % _parts() == 0 and heads % mesh.shape.get("model", 1) == 0
 
 
 def apart(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -59,11 +63,11 @@ def apart(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   For kernels that the compiler cannot split: f of `[B, S, heads, d]` three
   times and `[B, S]` or None, which `divides` says the mesh divides.
   """
-  sizes = _sizes()
-  if not sizes:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return f
-  rows = tuple(axis for axis in BATCH_AXES if axis in sizes)
-  heads = "model" if "model" in sizes else None
+  rows = batch_axes(mesh)
+  heads = "model" if "model" in mesh.axis_names else None
   whole = PartitionSpec(rows, None, heads, None)
   return jax.shard_map(
     f,
@@ -83,11 +87,12 @@ def _axes() -> tuple[str, ...]:
   Under `shard_map` an axis is the caller's own, and nothing is to be said.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-  axes = tuple(a for a in BATCH_AXES if a in kinds)
-  auto = all(kinds[a] == AxisType.Auto for a in axes)
-  return axes if auto and any(_sizes()[a] > 1 for a in axes) else ()
+  kinds, axes = dict(zip(mesh.axis_names, mesh.axis_types)), batch_axes(mesh)
+  auto = all(kinds[axis] == AxisType.Auto for axis in axes)
+  return axes if auto and _parts() > 1 else ()
 
 
-def _sizes() -> dict[str, int]:
-  return dict(jax.sharding.get_abstract_mesh().shape)
+def _parts() -> int:
+  """How many parts the mesh around this trace splits the examples into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))

@@ -183,7 +183,7 @@ def measure(
     hlo.write_text(text)
   program, count = Program(text, trips), len(devices)
   # The program numbers the devices as the mesh has them.
-  slices = chips.slice_of(mesh.devices.flat)
+  slices = parallel.slice_of(mesh.devices.flat)
   found = program.collectives(slices)
   computed = of_program(traced.jaxpr.jaxpr, trips) / count
   traffic = program.traffic()

@@ -160,11 +160,15 @@ def run_once(init: InitFn) -> InitFn:
   def compiled(key: Array, batch: Batch) -> tuple[Params, Stats]:
     if isinstance(key, Tracer):  # options are the outermost jit's
       return init(key, batch)
-    unoptimised = {"xla_backend_optimization_level": 0}
-    options = unoptimised if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=options)(key, batch)
+    return jax.jit(init, compiler_options=once_options())(key, batch)
 
   return compiled
+
+
+def once_options() -> dict[str, Any] | None:
+  """Of a compilation that is run once: on CPU optimising takes longer."""
+  on_cpu = jax.default_backend() == "cpu"
+  return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from kdjax.pins import BATCH_AXES
+from kdjax.pins import batch_axes
 from kdjax.types import LinearLogits
 
 
@@ -45,7 +45,7 @@ def over(mesh: Mesh) -> Layout:
   several = {axis for axis in mesh.axis_names if mesh.shape[axis] > 1}
   return Layout(
     mesh=mesh,
-    tokens=tuple(a for a in BATCH_AXES if a in mesh.axis_names),
+    tokens=batch_axes(mesh),
     classes="model" if "model" in several else None,
     width="fsdp" if "fsdp" in several else None,
   )

@@ -14,6 +14,7 @@ from kdjax.parallel.mesh import place as place
 from kdjax.parallel.mesh import put as put
 from kdjax.parallel.mesh import put_batch as put_batch
 from kdjax.parallel.mesh import replicated as replicated
+from kdjax.parallel.mesh import slice_of as slice_of
 from kdjax.parallel.partition import Rule as Rule
 from kdjax.parallel.partition import check_rules as check_rules
 from kdjax.parallel.partition import shardings as shardings

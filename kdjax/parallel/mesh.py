@@ -7,8 +7,9 @@ model    parameters are split, and the work on them: every device of a row
          along it has the same examples
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from kdjax import errors
-from kdjax.pins import BATCH_AXES
+from kdjax import errors, pins
+from kdjax.types import once_options
 
 AXES = ("data", "fsdp", "model")
 
@@ -52,7 +53,7 @@ def make_mesh(
   # `jax.make_mesh` makes Explicit axes, under which code that does not name
   # shardings is refused; the compiler shall place what lies between.
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  slices = len(set(slice_of(devices)))
   if slices == 1:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   if shape[0] % slices:
@@ -66,6 +67,11 @@ def make_mesh(
     within, (slices, 1, 1), devices, allow_split_physical_axes=True
   )
   return Mesh(laid, AXES, axis_types=types)
+
+
+def slice_of(devices: Iterable[Any]) -> list[int]:
+  """The slice of a pod that each device is in; 0 where there is one."""
+  return [getattr(device, "slice_index", 0) for device in devices]
 
 
 def _filled(axes: dict[str, int], count: int) -> tuple[int, ...]:
@@ -92,11 +98,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
   """The axes of the mesh that split a batch."""
-  axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
+  axes = pins.batch_axes(mesh)
   if not axes:
     raise errors.UserError(
       f"the mesh has the axes {', '.join(mesh.axis_names)}, needs "
-      f"{' or '.join(BATCH_AXES)} to split a batch over: see make_mesh"
+      f"{' or '.join(pins.BATCH_AXES)} to split a batch over: see make_mesh"
     )
   return axes
 
@@ -156,21 +162,24 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
   """
 
   def one(x: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(x, jax.Array):
-      if x.sharding == sharding:
-        return x
-      if not x.is_fully_addressable:
-        return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+      return x
+    if not getattr(x, "is_fully_addressable", True):
+      return _moved(sharding)(x)
     if sharding.is_fully_addressable:
       return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and jnp.issubdtype(
-      x.dtype, jax.dtypes.prng_key
-    ):
-      return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+      return _moved(sharding)(x)  # NumPy has no keys
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
   return jax.tree.map(one, tree, shardings)
+
+
+@functools.cache  # compiled once for a shape, however many arrays have it
+def _moved(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  """An array of several processes, as the sharding says."""
+  return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def on_host(tree: PyTree) -> PyTree:
@@ -178,8 +187,7 @@ def on_host(tree: PyTree) -> PyTree:
 
   def one(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())  # type: ignore
-      x = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+      x = _moved(replicated(x.sharding.mesh))(x)  # type: ignore
     return np.asarray(x)
 
   return jax.tree.map(one, tree)
@@ -193,18 +201,13 @@ def create(make: Callable[..., PyTree], shardings: PyTree, *args: Any) -> Any:
   """
   jaxpr, shapes = jax.make_jaxpr(make, return_shape=True)(*args)
   structure = jax.tree.structure(shapes)
-  options = {"xla_backend_optimization_level": 0}
 
   def run(constants: Any, args: Any) -> PyTree:
     closed = jax.extend.core.ClosedJaxpr(jaxpr.jaxpr, constants)
     leaves = jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(args))
     return jax.tree.unflatten(structure, leaves)
 
-  made = jax.jit(
-    run,
-    out_shardings=shardings,
-    compiler_options=options if jax.default_backend() == "cpu" else None,
-  )
+  made = jax.jit(run, out_shardings=shardings, compiler_options=once_options())
   return made(jaxpr.consts, args)
 
 

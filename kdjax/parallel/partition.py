@@ -39,8 +39,7 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule] = ()) -> PyTree:
   """A `NamedSharding` for each array of a tree, or for each shape."""
 
   def one(path: Any, x: Any) -> NamedSharding:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, spec(name, np.shape(x), mesh, rules))
+    return NamedSharding(mesh, spec(_name(path), np.shape(x), mesh, rules))
 
   return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -121,9 +120,9 @@ def table(tree: PyTree) -> str:
   """
   kinds: dict[tuple[Any, ...], list[Any]] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
     axes = tuple(x.sharding.spec)
-    kinds.setdefault((x.shape, str(x.dtype), axes), []).append((name, x))
+    kind = x.shape, str(x.dtype), axes
+    kinds.setdefault(kind, []).append((_name(path), x))
   lines = [("bytes a device", "split over", "array", "")]
   for (shape, dtype, axes), found in sorted(
     kinds.items(), key=lambda kind: -_bytes_each(kind[1])
@@ -151,7 +150,7 @@ def table(tree: PyTree) -> str:
 def unsplit(tree: PyTree) -> str:
   """A line on larger arrays that nothing splits, where others are; or ""."""
   found = [
-    (jax.tree_util.keystr(path, simple=True, separator="/"), x)
+    (_name(path), x)
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
     if x.size >= SMALL and x.sharding.is_fully_replicated
   ]
@@ -165,6 +164,10 @@ def unsplit(tree: PyTree) -> str:
     f"{len(found)} arrays of {_bytes_each(found) / 2**20:.1f} MiB lie whole on "
     f"every device, as no axis of theirs divides: {shown}{more}"
   )
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _bytes_each(found: Sequence[tuple[str, Any]]) -> int:
