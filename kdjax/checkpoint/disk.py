@@ -47,6 +47,8 @@ def trouble(
     size: bytes of its arrays.
     steps: the complete checkpoints there are.
   """
+  while isinstance(error, SaveFailed) and error.__context__ is not None:
+    error = error.__context__  # this process's own, which the others' hides
   number = _number(error)
   if number in _FORBIDDEN:
     return UserError(
@@ -75,31 +77,41 @@ class Barrier:
   """Where processes wait for one another's writes, called by Orbax's thread.
 
   Orbax's own is left by nobody for 20 minutes if one process cannot write. One
-  that calls `fail` frees the others at once, with `SaveFailed`.
+  that calls `fail` frees the others at once, with `SaveFailed`. So does one
+  that waits at another key: after a write that failed Orbax still comes to the
+  barriers that end a save, while the others wait for the write. Passed as one,
+  a checkpoint that lacks a part would count as complete.
   """
 
   def __init__(self):
     self._name = f"kdjax/barrier/{next(_BARRIERS)}"
     self._passed = 0
+    self._failed = ""  # why nobody passes any more
 
   def __call__(self, *, key: str, timeout_ms: int) -> None:
     client = distributed.global_state.client
     if client is None:
       return
-    here = f"{self._name}/{self._passed}"
-    client.key_value_set(f"{here}/{jax.process_index()}", key)
+    if self._failed:
+      raise SaveFailed(self._failed)
+    here, me = f"{self._name}/{self._passed}", jax.process_index()
+    client.key_value_set(f"{here}/{me}", key)
     deadline = time.monotonic() + timeout_ms / 1000
-    while True:
-      there = dict(client.key_value_dir_get(here))
-      failed = [k for k in there if k.endswith("/failed")]
-      if failed:
-        raise SaveFailed(f"process {there[failed[0]]} could not write its part")
-      if len(there) == jax.process_count():
-        break
+    while not self._all_at(key, dict(client.key_value_dir_get(here))):
       if time.monotonic() > deadline:
         raise TimeoutError(f"waited {timeout_ms / 1000:g} s at {key}")
       time.sleep(_POLL)
+    if self._passed:  # all are here, so nobody reads the one before
+      client.key_value_delete(f"{self._name}/{self._passed - 1}/{me}")
     self._passed += 1
+
+  def _all_at(self, key: str, there: dict[str, str]) -> bool:
+    failed = [who for at, who in there.items() if at.endswith("/failed")]
+    failed += [at.split("/")[-1] for at, k in there.items() if k != key]
+    if failed:
+      self._failed = f"process {failed[0]} could not write its part"
+      raise SaveFailed(self._failed)
+    return len(there) == jax.process_count()
 
   def fail(self) -> None:
     """Frees those who wait for this process."""
