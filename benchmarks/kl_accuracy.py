@@ -6,13 +6,22 @@ Prints, for each T, the largest relative error of 64 examples of 100 classes,
 logits of deviation 3, against float64.
 """
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
 import jax
 import numpy as np
+from step_flops import RESULTS, save
 
 from kdjax import losses
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--out", type=Path, default=RESULTS / "kl_accuracy.json")
+  given = parser.parse_args(arguments)
+  rows = []
   student, teacher = np.random.default_rng(0).normal(size=(2, 64, 100)) * 3
   student, teacher = np.float32(student), np.float32(teacher)
   print(f"jax {jax.__version__}\n   T   losses.kl   plain sum")
@@ -26,7 +35,9 @@ def main() -> None:
     log_p, log_q = (jax.nn.log_softmax(z / t) for z in (teacher, student))
     plain = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     errors = [np.abs(np.asarray(x) / want - 1).max() for x in (ours, plain)]
-    print(f"{t:4g}    {errors[0]:.1e}     {errors[1]:.1e}")
+    rows.append({"T": t, "ours": float(errors[0]), "plain": float(errors[1])})
+    print(f"{t:4g}    {errors[0]:.1e}     {errors[1]:.1e}", flush=True)
+  save(given.out, rows=rows)
 
 
 if __name__ == "__main__":

@@ -271,6 +271,27 @@ def test_host_overhead_runs_both_ways(script, tmp_path):
   assert all(row["loop_ms"] > 0 for row in rows)
 
 
+def test_kl_accuracy_finds_the_plain_sum_worse(script, tmp_path):
+  out = tmp_path / "results.json"
+  script("kl_accuracy").main(["--out", str(out)])
+  rows = json.loads(out.read_text())["rows"]
+  assert [row["T"] for row in rows] == [1, 4, 8, 20, 100]
+  assert all(row["ours"] < 1e-5 for row in rows)
+  assert rows[-1]["plain"] > 10 * rows[-1]["ours"]
+
+
+@pytest.mark.slow
+def test_compile_time_of_scanned_layers_is_that_of_one(script, tmp_path):
+  module = script("compile_time")
+  flat, deep = module.rows("decoder", (2, 4), 1)
+  assert deep["text"] < 1.01 * flat["text"]
+  flat, deep = module.rows("unrolled", (2, 4), 1)
+  assert deep["text"] > 1.2 * flat["text"]
+  assert flat["ratio"] == 1
+  shallow, _ = module.rows("resnet", (8, 14), 1)
+  assert shallow["compile"] > 0
+
+
 @pytest.mark.slow
 def test_input_pipeline_reads_what_it_wrote(script, tmp_path):
   out = tmp_path / "results.json"
