@@ -50,6 +50,7 @@ from kdjax import (
   simkd,
 )
 from kdjax.train_step import init_state, make_train_step
+from kdjax.types import once_options
 
 OUT = Path(__file__).parents[1] / "docs" / "results"
 SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 100
@@ -104,10 +105,15 @@ def term(name: str, weight: float, base: dict[str, Any] = HARD, **arguments):
   return Method({**base, "terms": {"method": entry}}, weight)
 
 
+def soft(name: str, temperature: float, **weights: float) -> Method:
+  weights = weights or {"alpha": 0.1}
+  return Method({**weights, "soft": {"name": name}}, temperature)
+
+
 # The centre is the authors' weight where their scale is this library's.
 METHODS: dict[str, Method] = {
   "kl": Method(KD, 4.0),
-  "reverse_kl": Method(dict(alpha=0.1, soft=dict(name="reverse_kl")), 4.0),
+  "reverse_kl": soft("reverse_kl", 4.0),
   "jsd": Method(dict(alpha=0.1, soft=dict(name="jsd", mix=0.5)), 4.0),
   "kl, zscore": Method(
     dict(hard_weight=0.1, soft_weight=9.0, soft=dict(name="kl", zscore=True)),
@@ -121,13 +127,17 @@ METHODS: dict[str, Method] = {
     ),
     4.0,
   ),
-  "nkd": Method(
-    dict(hard_weight=1.0, soft_weight=1.0, soft=dict(name="nkd")), 1.0
-  ),
-  "dist": Method(
-    dict(hard_weight=1.0, soft_weight=2.0, soft=dict(name="dist")), 1.0
-  ),
-  "logit_mse": Method(dict(alpha=0.1, soft=dict(name="logit_mse")), 1.0),
+  "nkd": soft("nkd", 1.0, hard_weight=1.0, soft_weight=1.0),
+  "dist": soft("dist", 1.0, hard_weight=1.0, soft_weight=2.0),
+  "logit_mse": soft("logit_mse", 1.0),
+  "jeffreys": soft("jeffreys", 4.0),
+  "skew_kl": soft("skew_kl", 4.0),
+  "skew_reverse_kl": soft("skew_reverse_kl", 4.0),
+  "total_variation": soft("total_variation", 4.0),
+  "alpha_beta": soft("alpha_beta", 4.0),
+  "multi_level": soft("multi_level", 4.0, hard_weight=1.0, soft_weight=1.0),
+  "ttm": soft("ttm", 10.0, hard_weight=1.0, soft_weight=45.0),
+  "wttm": soft("wttm", 5.0, hard_weight=1.0, soft_weight=4.0),
   "hint": term("hint", 10.0, **LAST, projector=LINEAR),
   "attention_transfer": term("attention_transfer", 1000.0, **MAPS),
   "nst": term("nst", 50.0, **MAPS),
@@ -280,7 +290,7 @@ class Bench:
       def step(state, frozen, batch, rate, value):
         return make_train_step(*parts(rate, value))(state, frozen, batch)
 
-      @jax.jit
+      @functools.partial(jax.jit, compiler_options=once_options())
       def start(key, frozen, batch, value):
         args = *parts(0.1, value), key, batch
         return init_state(*args, frozen=frozen)
@@ -347,6 +357,7 @@ def main() -> None:
   parser.add_argument("--data", choices=TASKS, required=True)
   parser.add_argument("--methods", default="")
   parser.add_argument("--dry", action="store_true", help="write nothing")
+  parser.add_argument("--page", default="", help="instead of the data's name")
   parser.add_argument("--seeds", type=int, default=len(SEEDS))
   parser.add_argument("--steps", type=int, default=0)
   options = parser.parse_args()
@@ -402,7 +413,7 @@ def main() -> None:
     jax.clear_caches()
     bench.evaluators = {}
   if not options.dry:
-    write(task, rows, list(seeds), time.time() - began)
+    write(task, rows, list(seeds), time.time() - began, options.page)
 
 
 def settings(method: Method, tried: dict[tuple[float, float], float]):
@@ -443,9 +454,12 @@ def show(name: str, row: dict[str, Any], hard: dict[str, Any]) -> None:
   )
 
 
-def write(task, rows, seeds, seconds) -> None:
+def write(task, rows, seeds, seconds, page) -> None:
   OUT.mkdir(parents=True, exist_ok=True)
+  every = set(rows) >= set(METHODS)
   facts = {
+    "title": f"{'Every method' if every else 'Some methods'} on {task.name}",
+    "command": " ".join(["python benchmarks/methods.py", *sys.argv[1:]]),
     "data": task._asdict(),
     "seeds": seeds,
     "tuning_seed": TUNING_SEED,
@@ -456,9 +470,9 @@ def write(task, rows, seeds, seconds) -> None:
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "rows": rows,
   }
-  path = OUT / f"{task.name}.json"
+  path = OUT / f"{page or task.name}.json"
   path.write_text(json.dumps(facts, indent=1) + "\n")
-  (OUT / f"{task.name}.md").write_text(table(task, facts))
+  path.with_suffix(".md").write_text(table(task, facts))
   print("wrote", path)
 
 
@@ -467,9 +481,9 @@ def table(task, facts) -> str:
   rows = facts["rows"]
   against = [rows[ALONE], rows[HARD_LOSS], rows.get("kl")]
   lines = [
-    f"# Every method on {task.name}",
+    f"# {facts['title']}",
     "",
-    f"`python benchmarks/methods.py --data={task.name}` on {facts['date']}, "
+    f"`{facts['command']}` on {facts['date']}, "
     f"jax {facts['jax']}, {facts['device']}, {facts['seconds'] // 60} minutes.",
     "",
     (__doc__ or "").split("\n\n", 2)[2].strip(),
