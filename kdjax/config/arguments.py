@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from kdjax import errors
+from kdjax import commands
 
 
 def arguments(
@@ -21,25 +21,14 @@ def arguments(
   Raises:
     UserError: whatever is wrong with them.
   """
-  values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=list(argv)
-  )
-  names = set(values)
-  define(values)
-  names = {"config", *(set(values) - names)}
-  try:
-    rest = values(list(argv))[1:]
-    if config.value is not None:
-      config.value.keys()  # a file that failed to load says so only when read
-  # A config is a program, and anything may go wrong in it.
-  except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise errors.UserError(
-      f"cannot use the arguments: {'; '.join(lines)}"
-    ) from (error)
-  if config.value is None:
-    raise errors.UserError("--config is missing: see --help")
-  if rest:
-    raise errors.UserError(f"got {' '.join(rest)}: see --help")
-  return {name: values[name].value for name in names}
+
+  def define_all(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+      "config", flag_values=values, sys_argv=list(argv)
+    )
+    define(values)
+
+  given, rest = commands.parse(argv, define_all)
+  commands.refuse(rest)
+  commands.require(given, "config")
+  return given
