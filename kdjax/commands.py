@@ -53,15 +53,36 @@ def parse(
   try:
     rest = values(list(argv))[1:]
     given = {name: values[name].value for name in names}
-    if given.get("config") is not None:
-      given["config"].keys()  # a file that failed to load says so when read
+    if "config" in given and values["config"].present:
+      _check_config(given["config"])
   # A config is a program, and anything may go wrong in it.
-  except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise errors.UserError(
-      f"cannot use the arguments: {'; '.join(lines)}"
-    ) from error
+  except (Exception, SystemExit) as error:
+    raise errors.UserError(f"cannot use the arguments: {_told(error)}") from (
+      error
+    )
   return given, rest
+
+
+def _told(error: BaseException) -> str:
+  """What went wrong in a flag, or in a config and where, in one line."""
+  if error.args and isinstance(error.args[0], KeyError):
+    error = error.args[0]
+  if isinstance(error, KeyError):
+    key, *hint = str(error.args[0]).splitlines()
+    return "; ".join([f"the config has no key {key}", *hint])
+  if isinstance(error, flags.Error) and "Traceback" not in str(error):
+    return errors.in_line(str(error))
+  while cause := error.__cause__ or error.__context__:
+    error = cause
+  if isinstance(error, errors.UserError):
+    return str(error)
+  return errors.told(error)
+
+
+def _check_config(config: Any) -> None:
+  if config is None:
+    raise errors.UserError("get_config of --config returns None, no ConfigDict")
+  config.keys()  # a file that failed to load says so when read
 
 
 def refuse(rest: Sequence[str], hint: str = "see --help") -> None:

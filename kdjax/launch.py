@@ -195,14 +195,14 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
   at = argv.index("--") if "--" in argv else len(argv)
   ours, theirs = argv[:at], argv[at + 1 :]
-  given, rest = commands.parse(ours, _define)
-  commands.refuse(rest, "what is kdjax.train's comes after --")
-  commands.require(given, "processes")
   if not theirs:
     raise errors.UserError(
       "nothing to launch: put kdjax.train's arguments after --, such as "
       "-- --config=configs/digits.py --workdir=runs/digits"
     )
+  given, rest = commands.parse(ours, _define)
+  commands.refuse(rest)
+  commands.require(given, "processes")
   return launch(
     [sys.executable, "-m", "kdjax.train", *theirs],
     given["processes"],

@@ -17,7 +17,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,19 +43,17 @@ def named(name: str) -> Logger:
       f"--logger is {name!r}, must be MODULE:NAME, such as my_loggers:mlflow"
     )
   try:
-    found = getattr(importlib.import_module(module), function)
+    there = vars(importlib.import_module(module))
   # A module is a program, and anything may go wrong in it.
   except Exception as error:
+    hint = ""
+    if isinstance(error, ModuleNotFoundError):
+      hint = ": it must lie in this folder, be installed, or be on PYTHONPATH"
     raise errors.UserError(
-      f"cannot import --logger {name} ({_where(error)}): a module of that name "
-      "must lie in this folder, be installed, or be on PYTHONPATH"
+      f"cannot import --logger {name}: {errors.told(error)}{hint}"
     ) from error
-  if not callable(found):
-    raise errors.UserError(
-      f"--logger {name} is a {type(found).__name__}, must be a function: see "
-      "kdjax.loggers"
-    )
-  return found
+  functions: dict[str, Any] = {k: v for k, v in there.items() if callable(v)}
+  return errors.choose(f"logger of {module}", function, functions)
 
 
 def wandb(project: str) -> Logger:
@@ -133,7 +130,8 @@ def opened(
         sinks.append(stack.enter_context(logger(folder, config)))
       except Exception as error:
         raise errors.UserError(
-          f"the logger {_name(logger)} could not be opened: {_where(error)}"
+          f"the logger {_name(logger)} could not be opened: "
+          f"{errors.told(error)}"
         ) from error
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -160,8 +158,8 @@ def guarded(on_metrics: OnMetrics, name: str = "") -> OnMetrics:
       raise
     except Exception as error:
       raise errors.UserError(
-        f"on_metrics, {name}, failed at step {step} ({_where(error)}): mend it "
-        "or leave it out; the run goes on from its last checkpoint"
+        f"on_metrics, {name}, failed at step {step}: {errors.told(error)}: "
+        "mend it or leave it out; the run goes on from its last checkpoint"
       ) from error
 
   return call
@@ -171,14 +169,3 @@ def _name(function: Any) -> str:
   function = getattr(function, "func", function)  # of a partial
   name = getattr(function, "__qualname__", type(function).__name__)
   return f"{getattr(function, '__module__', '')}.{name}".lstrip(".")
-
-
-def _where(error: Exception) -> str:
-  """The error and the line that it comes from."""
-  kind, text = type(error).__name__, " ".join(str(error).split())
-  frames = traceback.extract_tb(error.__traceback__)
-  known = [frame for frame in frames if "<frozen" not in frame.filename]
-  at = ""
-  if known:
-    at = f", {Path(known[-1].filename).name} line {known[-1].lineno}"
-  return f"{kind}: {text}{at}"

@@ -366,6 +366,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
   given = configuration.arguments(argv, _define)
+  for name in ("json", "hlo"):
+    if given[name] and not os.access(Path(given[name]).parent, os.W_OK):
+      raise errors.UserError(
+        f"cannot write --{name}={given[name]}: name a file in a folder that "
+        "exists and can be written to"
+      )
   figures = measure(
     given["config"], _devices(given), given["hlo"] and Path(given["hlo"])
   )

@@ -231,9 +231,9 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
     for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
       flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
 
-  given = _Arguments(**configuration.arguments(argv, define))
-  if given.workdir is None:
-    raise errors.UserError("--workdir is missing: see --help")
+  values = configuration.arguments(argv, define)
+  commands.require(values, "workdir")
+  given = _Arguments(**values)
   if "://" in given.workdir:
     raise errors.UserError(
       f"--workdir {given.workdir} is a bucket's address, must be a folder: "
