@@ -35,7 +35,8 @@ def in_line(text: str) -> str:
 
 def told(error: BaseException) -> str:
   """An exception of a user's own code: its class, text, file and line."""
-  said = f"{type(error).__name__}: {in_line(str(error))}"
+  text = in_line(str(error))
+  said = type(error).__name__ + (f": {text}" if text else "")
   if isinstance(error, SyntaxError):  # has its place in its text
     return said
   frames = traceback.extract_tb(error.__traceback__)

@@ -101,14 +101,19 @@ def wandb_run(
     # What the terminal shows stays as it is.
     settings=api.Settings(console="off", quiet=True),
   )
-  with run:
 
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-      # Steps may not go backwards. What is sent twice of one step is merged.
-      if step >= max(sent, run.step):
-        run.log(dict(metrics), step=step)
+  def log(step: int, metrics: Mapping[str, float]) -> None:
+    # Steps may not go backwards. What is sent twice of one step is merged.
+    if step >= max(sent, run.step):
+      run.log(dict(metrics), step=step)
 
+  # Not `with run`, which prints a traceback of what is told in a line.
+  try:
     yield log
+  except BaseException:
+    run.finish(exit_code=1)
+    raise
+  run.finish()
 
 
 @contextlib.contextmanager

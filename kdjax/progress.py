@@ -13,6 +13,7 @@ from typing import TextIO
 from kdjax.clock import STEPPING, Clock
 
 _DRAW = 0.1  # seconds between two drawings
+_IDLE = 1.0  # the same, while nothing happens
 _BAR = 30  # columns at most
 
 
@@ -109,7 +110,7 @@ class Progress:
     self.close()
 
   def _keep_drawing(self) -> None:
-    while not self._closed.wait(1.0):
+    while not self._closed.wait(_IDLE):
       with self._lock:
         if not self._closed.is_set():
           self._draw()

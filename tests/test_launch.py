@@ -156,4 +156,4 @@ def test_what_the_launcher_gives_its_processes():
 
 def test_the_launcher_refuses_none(capsys):
   assert launch.main(["launch", "--processes=0", "--", "--workdir=x"]) == 2
-  assert "lower_bound=1" in capsys.readouterr().err
+  assert "not a positive integer" in capsys.readouterr().err

@@ -49,7 +49,7 @@ ROWS = [
   {"config", "report"},
   {"experiment"},
   {"train", "scaling"},
-  {"export"},
+  {"export", "__main__"},
 ]
 
 
