@@ -51,6 +51,7 @@ class Progress:
     self._file, self._quiet = file or sys.stderr, quiet
     self._every, self._step, self._loss = every_seconds, start, None
     self._first: tuple[int, float] | None = None
+    self._rate = 0.0
     self._drawn = self._told = time.monotonic()
     self._lock, self._closed = threading.RLock(), threading.Event()
     self._live = not quiet and self._file.isatty()
@@ -64,6 +65,8 @@ class Progress:
     self._step, self._loss = step, loss
     # The first step counts from its end: before it lies the compilation.
     self._first = self._first or (step, now)
+    if step > self._first[0]:
+      self._rate = (step - self._first[0]) / max(now - self._first[1], 1e-9)
     last = step >= self._steps
     if self._live:
       if last or now - self._drawn >= _DRAW:
@@ -149,11 +152,9 @@ class Progress:
     fields = [f"{self._step}/{self._steps}"]
     if self._loss is not None:
       fields.append(f"loss {self._loss:.4f}")
-    if self._first is not None and self._step > self._first[0]:
-      step, then = self._first
-      rate = (self._step - step) / max(time.monotonic() - then, 1e-9)
-      left = (self._steps - self._step) / rate
-      fields += [f"{_clock(left)} left", f"{rate:.3g} steps/s"]
+    if self._rate:
+      left = (self._steps - self._step) / self._rate
+      fields += [f"{_clock(left)} left", f"{self._rate:.3g} steps/s"]
     return fields
 
   def _columns(self) -> int:
