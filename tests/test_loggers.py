@@ -199,6 +199,18 @@ def test_all_are_closed_if_one_fails(tmp_path):
   assert events[1:] == [("told", 3), ("closed", UserError)]
 
 
+def test_what_one_does_to_its_metrics_the_next_does_not_see(tmp_path):
+  @contextlib.contextmanager
+  def spoils(folder, config):
+    yield lambda step, metrics: metrics.clear()
+
+  seen = Seen()
+  keeps = lambda folder, config: contextlib.nullcontext(seen)  # noqa: E731
+  with loggers.opened([spoils, keeps], tmp_path, {}) as on_metrics:
+    on_metrics(1, {"loss/total": 2.0})
+  assert seen == [(1, {"loss/total": 2.0})]
+
+
 def test_one_that_cannot_be_opened_closes_those_before_it(tmp_path):
   events = []
 
