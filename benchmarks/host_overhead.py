@@ -35,10 +35,11 @@ from step_flops import RESULTS, save
 
 from kdjax import parallel, stepping
 from kdjax.clock import Clock
-from kdjax.metrics import Progress, Writer
+from kdjax.metrics import Writer
 from kdjax.objective import Objective, hinton
 from kdjax.perf import Meter
 from kdjax.profiling import Profile
+from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import Model, Output
@@ -119,7 +120,7 @@ class Bench:
     ):
       bar = Progress("bench", self.steps, quiet=True)
       meter = Meter(clock, 8, list(self.mesh.devices.flat))
-      report = stepping.Report("bench", self.steps, bar, write, clock, meter)
+      report = stepping.Report("bench", self.steps, bar, [write], clock, meter)
       begun = Times.now()
       self.state, _ = stepping.run(
         self.state,

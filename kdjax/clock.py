@@ -40,6 +40,10 @@ class Clock:
     finally:
       self._turn(before)
 
+  def current(self) -> tuple[str, float]:
+    """What the host is at, and for how many seconds it has been."""
+    return self.doing, self._now() - self._since
+
   def tick(self) -> None:
     """A step has ended."""
     spent = self.read()

@@ -2,7 +2,9 @@
 
 import difflib
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,24 @@ def choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
   if name not in table:
     raise unknown(what, name, table)
   return table[name]
+
+
+def in_line(text: str) -> str:
+  """The same text without its line breaks."""
+  return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def told(error: BaseException) -> str:
+  """An exception of a user's own code: its class, text, file and line."""
+  text = in_line(str(error))
+  said = type(error).__name__ + (f": {text}" if text else "")
+  if isinstance(error, SyntaxError):  # has its place in its text
+    return said
+  frames = traceback.extract_tb(error.__traceback__)
+  known = [frame for frame in frames if "<frozen" not in frame.filename]
+  if not known:
+    return said
+  return f"{said} ({Path(known[-1].filename).name}, line {known[-1].lineno})"
 
 
 def call(

@@ -3,17 +3,22 @@
     python -m kdjax.launch --processes=4 --devices=2 -- \\
       --config=configs/digits.py --workdir=runs/digits
 
+  --processes=N     how many
+  --devices=N       CPU devices of each (1)
+  --lost_seconds=S  after so long without a sign of life a process counts as
+                    lost, and all end (20)
+  --help            this text
+
 What a pod does with many machines, this does on one: to try a config of several
 processes, and for the tests. All that is after `--` goes to `kdjax.train`.
 Process 0 writes to this terminal; of the others is shown what the first that
 failed had to say. SIGINT and SIGTERM go to all of them. When one ends badly the
 others get some seconds to end, then they are killed.
 
-Exit code: that of the process which failed first; 128 + n where signal n killed
-it.
+Exit codes: that of the process which failed first (see kdjax.train --help); 128
++ n where signal n killed it; 0 all done; 2 a mistake that the message explains.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -25,6 +30,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO
+
+from absl import flags
+
+from kdjax import commands, errors
 
 LOST_SECONDS = 20  # after which a process on this machine counts as lost
 _GRACE = 15.0  # seconds to end in, when another has ended badly
@@ -180,25 +189,35 @@ def _free_port() -> int:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m kdjax.launch",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("--processes", type=int, required=True)
-  parser.add_argument("--devices", type=int, default=1, help="of each process")
-  parser.add_argument("--lost_seconds", type=float, default=LOST_SECONDS)
-  parser.add_argument("arguments", nargs="*", help="of kdjax.train, after --")
-  given = parser.parse_args(argv)
-  if given.processes < 1 or given.devices < 1:
-    parser.error("--processes and --devices must be at least 1")
+  return commands.run(argv, __doc__, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+  at = argv.index("--") if "--" in argv else len(argv)
+  ours, theirs = argv[:at], argv[at + 1 :]
+  if not theirs:
+    raise errors.UserError(
+      "nothing to launch: put kdjax.train's arguments after --, such as "
+      "-- --config=configs/digits.py --workdir=runs/digits"
+    )
+  given, rest = commands.parse(ours, _define)
+  commands.refuse(rest)
+  commands.require(given, "processes")
   return launch(
-    [sys.executable, "-m", "kdjax.train", *given.arguments],
-    given.processes,
-    given.devices,
-    lost_seconds=given.lost_seconds,
+    [sys.executable, "-m", "kdjax.train", *theirs],
+    given["processes"],
+    given["devices"],
+    lost_seconds=given["lost_seconds"],
+  )
+
+
+def _define(values: flags.FlagValues) -> None:
+  for name, default in (("processes", None), ("devices", 1)):
+    flags.DEFINE_integer(name, default, "", lower_bound=1, flag_values=values)
+  flags.DEFINE_float(
+    "lost_seconds", LOST_SECONDS, "", lower_bound=1.0, flag_values=values
   )
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(main(sys.argv))

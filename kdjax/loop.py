@@ -19,6 +19,7 @@ from kdjax import (
   checkpoint,
   errors,
   health,
+  loggers,
   losses,
   memory_plan,
   objective,
@@ -26,6 +27,7 @@ from kdjax import (
   parallel,
   preemption,
   processes,
+  progress,
   stepping,
 )
 from kdjax.clock import Clock
@@ -33,11 +35,13 @@ from kdjax.evaluate import make_evaluate
 from kdjax.feed import Feed
 from kdjax.goodput import Goodput
 from kdjax.health import DivergedError as DivergedError
+from kdjax.loggers import OnMetrics
 from kdjax.losses import fused
-from kdjax.metrics import Progress, Writer
+from kdjax.metrics import Writer
 from kdjax.objective import Objective, Term, hinton
 from kdjax.perf import Meter
 from kdjax.profiling import Profile
+from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
 from kdjax.train_step import (
   StudentOf,
@@ -102,6 +106,7 @@ def distill(
   on_nan: str = "stop",
   profile: int = 0,
   hang_minutes: float = 0.0,
+  on_metrics: OnMetrics | None = None,
   name: str = "distilling",
   quiet: bool = False,
 ) -> Distilled:
@@ -144,11 +149,15 @@ def distill(
     profile: steps to trace into `<folder>/profile`; 0 traces none.
     hang_minutes: end the process when no step has ended for so long
       (`watchdog`); 0 never ends it.
+    on_metrics: called with the step and its metrics, on process 0 alone; once
+      more where the step is evaluated, with the `eval/<metric>`. After a kill
+      the steps since the last checkpoint come again, the same to the bit.
     name: shown in the terminal.
     quiet: show nothing there.
 
   Raises:
-    UserError: for mistakes found before the first update.
+    UserError: for mistakes found before the first update; whatever
+      `on_metrics` raises.
     DivergedError: when a loss or gradient is not finite, naming the step; of
       skipped updates, when there are too many in a row.
     preemption.Preempted: on SIGTERM, after a checkpoint of the last update.
@@ -173,21 +182,24 @@ def distill(
     mesh,
     microbatches=microbatches,
   )
-  placed, state = opening.place(
-    student,
-    teacher,
-    goal,
-    optimizer,
-    feed.first,
-    teacher_variables,
-    seed=seed,
-    mesh=mesh,
-    partition=partition,
-    teacher_partition=teacher_partition,
-    variables=student_variables,
-    teacher_of=teacher_of,
-    student_of=student_of,
-  )
+  # One process prints and writes for all.
+  quiet = quiet or not processes.lead()
+  with progress.at(name, "setup", quiet=quiet):
+    placed, state = opening.place(
+      student,
+      teacher,
+      goal,
+      optimizer,
+      feed.first,
+      teacher_variables,
+      seed=seed,
+      mesh=mesh,
+      partition=partition,
+      teacher_partition=teacher_partition,
+      variables=student_variables,
+      teacher_of=teacher_of,
+      student_of=student_of,
+    )
   frozen = placed.frozen
   step_fn = jit_step(
     make_train_step(
@@ -206,8 +218,6 @@ def distill(
     mesh,
     placed.shardings,
   )
-  # One process prints and writes for all.
-  quiet = quiet or not processes.lead()
   print_note = functools.partial(print, file=sys.stderr)
   tell = print_note if processes.lead() else (lambda _: None)
   facts = {"teacher": checkpoint.fingerprint(frozen)}
@@ -225,7 +235,7 @@ def distill(
       with clock.at("restoring"):
         start, state, position = _restore(saver, state, facts, name, tell)
     feed.go_to(position, start)
-    bar = Progress(name, steps, start=start, quiet=quiet)
+    bar = Progress(name, steps, clock, start=start, quiet=quiet)
     stack.callback(bar.close)
     note = lambda text: bar.note(f"{name}: {text}")  # noqa: E731
     note(opening.describe(placed, mesh, start, steps))
@@ -240,9 +250,12 @@ def distill(
         head = placed.head(goal, rows, microbatches=microbatches, layout=layout)
         note(opening.memory(plan, head, settings or {}))
         of_step = placed.flops(mesh, rows)
-    write = None
+    sinks: list[OnMetrics] = []
     if folder is not None and processes.lead():
-      write = stack.enter_context(Writer(Path(folder), resume_step=start))
+      writer = Writer(Path(folder), resume_step=start)
+      sinks.append(stack.enter_context(writer))
+    if on_metrics is not None and processes.lead():
+      sinks.append(loggers.guarded(on_metrics))
     test = None
     if evaluate_on is not None:
       other = placed.teacher if goal.comparable else None
@@ -258,7 +271,7 @@ def distill(
         frozen,
         lambda: parallel.put_batch(next(feed), mesh),
         start=start,
-        report=stepping.Report(name, steps, bar, write, clock, meter, on_nan),
+        report=stepping.Report(name, steps, bar, sinks, clock, meter, on_nan),
         profile=tracing,
         save_every=save_every,
         save_clock=SaveClock(save_minutes if saver is not None else 0),
@@ -270,6 +283,7 @@ def distill(
         with clock.at("saving"):
           saver.wait()
     if start < steps:
+      bar.close()
       note(account.write())
     if not last and test is not None:
       last = test(state)

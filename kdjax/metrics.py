@@ -1,16 +1,13 @@
-"""Where numbers go: jsonl, TensorBoard, and the terminal."""
+"""Where numbers go: jsonl and TensorBoard."""
 
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-import tqdm
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
@@ -62,68 +59,6 @@ class Writer:
     self._events.close()
 
 
-class Progress:
-  """A bar on a terminal; elsewhere, or in a log, a plain line now and then."""
-
-  def __init__(
-    self,
-    name: str,
-    steps: int,
-    *,
-    start: int = 0,
-    quiet: bool = False,
-    file: TextIO | None = None,
-    every_seconds: float = 10.0,
-  ):
-    self._name, self._steps, self._quiet = name, steps, quiet
-    self._file = file or sys.stderr
-    self._every, self._start = every_seconds, start
-    self._began = self._last = time.monotonic()
-    self._bar = None
-    if not quiet and self._file.isatty():
-      self._bar = tqdm.tqdm(
-        total=steps,
-        initial=start,
-        desc=f"{name:<10}",
-        unit="step",
-        file=self._file,
-        dynamic_ncols=True,
-        leave=True,
-      )
-
-  def update(self, step: int, loss: float) -> None:
-    """After update `step` (counted from 1)."""
-    if self._bar is not None:
-      self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-      self._bar.update(step - self._bar.n)
-      return
-    now = time.monotonic()
-    if self._quiet or (now - self._last < self._every and step < self._steps):
-      return
-    self._last = now
-    rate = (step - self._start) / max(now - self._began, 1e-9)
-    left = (self._steps - step) / max(rate, 1e-9)
-    print(
-      f"{self._name}: step {step}/{self._steps}, loss {loss:.4f}, "
-      f"{rate:.1f} steps/s, {_clock(left)} left",
-      file=self._file,
-      flush=True,
-    )
-
-  def note(self, text: str) -> None:
-    """A line that does not break the bar."""
-    if self._quiet:
-      return
-    if self._bar is not None:
-      self._bar.write(text, file=self._file)
-    else:
-      print(text, file=self._file, flush=True)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-
 def write_json(path: Path, value: Any) -> None:
   """Whole or not at all, whatever kills the process."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,28 +71,31 @@ def write_json(path: Path, value: Any) -> None:
   part.replace(path)
 
 
+def last_step(path: Path) -> int:
+  """The last step of a `metrics.jsonl`; 0 where there is none."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  return max((step for line in lines if (step := _step(line))), default=0)
+
+
 def _drop_after(path: Path, step: int) -> None:
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
-    except (ValueError, KeyError):  # cut off in the middle by a kill
-      continue
+  kept = [
+    line + "\n"
+    for line in path.read_text().splitlines()
+    if (at := _step(line)) is not None and at <= step
+  ]
   part = path.with_name(path.name + ".part")
   part.write_text("".join(kept))
   part.replace(path)
 
 
+def _step(line: str) -> int | None:
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError):  # cut off in the middle by a kill
+    return None
+
+
 def _finite(value: float) -> float | None:
   return float(value) if math.isfinite(value) else None  # JSON has no NaN
-
-
-def _clock(seconds: float) -> str:
-  minutes, seconds = divmod(int(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return (
-    f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-  )

@@ -26,7 +26,6 @@ Exit codes: 0 done, 2 a mistake that the message explains.
 import collections
 import contextlib
 import importlib.util
-import logging
 import math
 import os
 import sys
@@ -42,7 +41,15 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
-from kdjax import chips, errors, health, memory_plan, metrics, parallel
+from kdjax import (
+  chips,
+  commands,
+  errors,
+  health,
+  memory_plan,
+  metrics,
+  parallel,
+)
 from kdjax.experiment import experiment, phases
 from kdjax.flops import of_program, of_step, peak
 from kdjax.hlo import Collective, Program
@@ -354,18 +361,20 @@ def content(figures: Figures) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  logging.getLogger().setLevel(logging.ERROR)
-  if len(argv) == 1 or set(argv) & {"--help", "-h"}:
-    print((__doc__ or "").strip())
-    return 2 if len(argv) == 1 else 0
-  try:
-    given = configuration.arguments(argv, _define)
-    figures = measure(
-      given["config"], _devices(given), given["hlo"] and Path(given["hlo"])
-    )
-  except errors.UserError as error:
-    print(f"kdjax: {error}", file=sys.stderr)
-    return 2
+  return commands.run(argv, __doc__, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+  given = configuration.arguments(argv, _define)
+  for name in ("json", "hlo"):
+    if given[name] and not os.access(Path(given[name]).parent, os.W_OK):
+      raise errors.UserError(
+        f"cannot write --{name}={given[name]}: name a file in a folder that "
+        "exists and can be written to"
+      )
+  figures = measure(
+    given["config"], _devices(given), given["hlo"] and Path(given["hlo"])
+  )
   print(table(figures))
   if given["json"]:
     metrics.write_json(Path(given["json"]), content(figures))

@@ -1,7 +1,7 @@
 """The steps of a run: one dispatched, the one before reported, and so on."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -9,10 +9,11 @@ from jaxtyping import PyTree
 
 from kdjax import health
 from kdjax.clock import Clock
-from kdjax.metrics import Progress, Writer
+from kdjax.loggers import OnMetrics
 from kdjax.perf import EVERY, Meter
 from kdjax.preemption import Preempted
 from kdjax.profiling import Profile
+from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
 from kdjax.train_step import TrainStep
 from kdjax.types import Batch, TrainState
@@ -30,7 +31,7 @@ class Report:
     name: of the run, before its notes.
     steps: of the run in all.
     bar: shows progress and notes.
-    write: keeps the metrics; None keeps none.
+    sinks: keep the metrics, or show them elsewhere.
     clock: is told that a step has ended.
     meter: how fast the steps were, added to what is written now and then.
     on_nan: one of `health.ON_NAN`.
@@ -40,7 +41,7 @@ class Report:
   name: str
   steps: int
   bar: Progress
-  write: Writer | None
+  sinks: Sequence[OnMetrics]
   clock: Clock
   meter: Meter
   on_nan: str = "stop"
@@ -65,13 +66,14 @@ class Report:
     """Of held-out data."""
     values = fetch(measured)
     self._keep(step, values, {})
+    self.bar.evaluated(step, values)
     return values
 
   def _keep(self, step: int, values: Metrics, figures: Metrics) -> None:
     if skipped := health.judge(step, values, self.on_nan):
       self.bar.note(f"{self.name}: {skipped}")
-    if self.write is not None:
-      self.write(step, values | figures)
+    for sink in self.sinks:
+      sink(step, values | figures)
 
   def _figures(self, step: int) -> Metrics:
     if step % EVERY and step != self.steps:

@@ -6,6 +6,8 @@
   --config.NAME=VALUE   another value for one of its keys, such as
                         --config.alpha=0.5 or --config.phases.alone.steps=900
   --workdir=FOLDER      for checkpoints, metrics and results.json
+  --wandb=PROJECT       send the metrics to Weights & Biases too
+  --logger=MODULE:NAME  or to a logger of your own: see kdjax.loggers
   --help                this text
 
 On a TPU pod, on GKE, under Slurm and Open MPI the same line, started once for
@@ -28,7 +30,6 @@ noticed. After 75 and above, start again.
 
 import functools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -41,8 +42,18 @@ import jax
 from absl import flags
 
 import kdjax.config as configuration
-from kdjax import errors, metrics, preemption, processes, report
+from kdjax import (
+  commands,
+  errors,
+  loggers,
+  metrics,
+  preemption,
+  processes,
+  progress,
+  report,
+)
 from kdjax.experiment import experiment, run
+from kdjax.loggers import Logger
 
 _CODES = {errors.UserError: 2, preemption.Preempted: 128 + signal.SIGTERM}
 
@@ -61,20 +72,29 @@ _FREE = {
 }
 
 
-def train(config: Any, workdir: str | Path) -> dict[str, Any]:
+def train(
+  config: Any, workdir: str | Path, opens: Sequence[Logger] = ()
+) -> dict[str, Any]:
   """Runs what the config says; returns what it writes to `results.json`.
+
+  Args:
+    config: as a config file's `get_config` makes it.
+    workdir: for checkpoints and metrics.
+    opens: loggers: see `kdjax.loggers`.
 
   Raises:
     UserError: for mistakes in the config, the data or the folder.
   """
   configuration.check_keys(config)
   workdir = Path(workdir)
-  checked = experiment(config)
+  quiet = not processes.lead()
+  with progress.at("kdjax", "reading data, checking the config", quiet=quiet):
+    checked = experiment(config)
   if processes.lead():
     _claim(workdir, config)
   processes.wait_for_all("claimed")
   seeds = range(config.seed, config.seed + config.seeds)
-  runs = [run(checked, workdir / f"seed_{s}", s) for s in seeds]
+  runs = [run(checked, workdir / f"seed_{s}", s, opens) for s in seeds]
   results = report.summary(runs)
   if processes.lead():
     metrics.write_json(workdir / "results.json", results)
@@ -124,17 +144,18 @@ def _write_config(workdir: Path, config: Any) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  # Orbax and TFDS tell of their progress in the log.
-  logging.getLogger().setLevel(logging.ERROR)
-  if len(argv) == 1 or set(argv) & {"--help", "-h"}:
-    print((__doc__ or "").strip())
-    return 2 if len(argv) == 1 else 0
-  return processes.run(functools.partial(_run, argv), _CODES)
+  return commands.run(
+    argv,
+    __doc__,
+    lambda: processes.run(functools.partial(_run, argv), _CODES),
+  )
 
 
 def _run(argv: Sequence[str]) -> int:
   given = _arguments(argv)
   config, workdir = given.config, given.workdir
+  opens = [loggers.wandb(given.wandb)] if given.wandb else []
+  opens += [loggers.named(given.logger)] if given.logger else []
   place = processes.find(
     given.coordinator,
     given.processes,
@@ -155,7 +176,7 @@ def _run(argv: Sequence[str]) -> int:
     folder = Path(workdir).absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   try:
-    results = train(config, workdir)
+    results = train(config, workdir, opens)
   except errors.UserError:
     if processes.lead():
       _leave_nothing(new)
@@ -190,6 +211,8 @@ def _leave_nothing(new: Sequence[Path]) -> None:
 class _Arguments(NamedTuple):
   config: Any
   workdir: str
+  wandb: str | None
+  logger: str | None
   coordinator: str | None
   processes: int | None
   process: int | None
@@ -201,16 +224,16 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
   """The flags; whatever is wrong with them as a UserError."""
 
   def define(values: flags.FlagValues) -> None:
-    for name in ("workdir", "coordinator"):
+    for name in ("workdir", "wandb", "logger", "coordinator"):
       flags.DEFINE_string(name, None, "", flag_values=values)
     for name in ("processes", "process"):
       flags.DEFINE_integer(name, None, "", flag_values=values)
     for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
       flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
 
-  given = _Arguments(**configuration.arguments(argv, define))
-  if given.workdir is None:
-    raise errors.UserError("--workdir is missing: see --help")
+  values = configuration.arguments(argv, define)
+  commands.require(values, "workdir")
+  given = _Arguments(**values)
   if "://" in given.workdir:
     raise errors.UserError(
       f"--workdir {given.workdir} is a bucket's address, must be a folder: "

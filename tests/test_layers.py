@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1] / "kdjax"
 # One row may import the rows above it, and files of its own package.
 ROWS = [
   {"errors"},
+  {"commands"},
   {"types", "convolution", "pins", "processes", "launch"},
   {
     "losses",
@@ -33,6 +34,7 @@ ROWS = [
     "checkpoint",
     "feed",
     "metrics",
+    "progress",
     "preflight",
     "memory_plan",
     "perf",
@@ -41,12 +43,13 @@ ROWS = [
     "save_clock",
     "watchdog",
   },
-  {"goodput", "opening", "stepping"},
+  {"goodput", "loggers", "opening"},
+  {"stepping"},
   {"loop"},
   {"config", "report"},
   {"experiment"},
   {"train", "scaling"},
-  {"export"},
+  {"export", "__main__"},
 ]
 
 

@@ -1,12 +1,13 @@
 """The command line of a program that takes a config."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from kdjax import errors
+from kdjax import commands, errors
 
 
 def arguments(
@@ -21,25 +22,32 @@ def arguments(
   Raises:
     UserError: whatever is wrong with them.
   """
-  values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=list(argv)
-  )
-  names = set(values)
-  define(values)
-  names = {"config", *(set(values) - names)}
-  try:
-    rest = values(list(argv))[1:]
-    if config.value is not None:
-      config.value.keys()  # a file that failed to load says so only when read
-  # A config is a program, and anything may go wrong in it.
-  except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise errors.UserError(
-      f"cannot use the arguments: {'; '.join(lines)}"
-    ) from (error)
-  if config.value is None:
-    raise errors.UserError("--config is missing: see --help")
-  if rest:
-    raise errors.UserError(f"got {' '.join(rest)}: see --help")
-  return {name: values[name].value for name in names}
+  _check_file(argv)
+
+  def define_all(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+      "config", flag_values=values, sys_argv=list(argv)
+    )
+    define(values)
+
+  given, rest = commands.parse(argv, define_all)
+  commands.refuse(rest)
+  commands.require(given, "config")
+  return given
+
+
+def _check_file(argv: Sequence[str]) -> None:
+  """Refuses a --config that is no file."""
+  for n, argument in enumerate(argv):
+    name, bar, value = argument.partition("=")
+    if name not in ("--config", "-config"):
+      continue
+    if not bar:
+      value = argv[n + 1] if n + 1 < len(argv) else ""
+    path = Path(value.partition(":")[0])
+    if not path.is_file():
+      kind = "is a folder" if path.is_dir() and value else "is no file"
+      raise errors.UserError(
+        f"--config={value} {kind}: give a config file, such as "
+        "configs/digits.py"
+      )

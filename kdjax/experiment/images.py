@@ -21,6 +21,7 @@ from kdjax import (
   simkd,
 )
 from kdjax.experiment import phases
+from kdjax.loggers import OnMetrics
 from kdjax.loop import distill
 from kdjax.objective import Term
 from kdjax.preflight import check_outputs
@@ -100,7 +101,12 @@ class ImageExperiment:
       )
 
   def train(
-    self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
+    self,
+    phase: str,
+    folder: Path,
+    seed: int,
+    frozen: PyTree = (),
+    on_metrics: OnMetrics | None = None,
   ) -> Variables:
     """`(params, stats)` of the phase's network, trained from where it was."""
     c = self.config
@@ -142,6 +148,7 @@ class ImageExperiment:
       partition=self.partition["student" if phase != "teacher" else phase],
       teacher_partition=self.partition["teacher"],
       folder=folder,
+      on_metrics=on_metrics,
       **phases.of_distill(c, phase, seed, self.optimizers[phase]),
     ).variables
 

@@ -1,6 +1,6 @@
 """The phases that every experiment has: teacher, student alone, distilled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -9,8 +9,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 import kdjax.config as configuration
-from kdjax import errors, objective, parallel
+from kdjax import (
+  checkpoint,
+  errors,
+  loggers,
+  objective,
+  parallel,
+  processes,
+  progress,
+)
 from kdjax.config import Optimizer
+from kdjax.loggers import Logger, OnMetrics
 from kdjax.losses import fused
 from kdjax.objective import Objective
 from kdjax.train_step import TrainStep, init_state, make_train_step
@@ -32,7 +41,12 @@ class Experiment(Protocol):
   loaded: Variables | None
 
   def train(
-    self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
+    self,
+    phase: str,
+    folder: Path,
+    seed: int,
+    frozen: PyTree = (),
+    on_metrics: OnMetrics | None = None,
   ) -> Variables: ...
 
   def stored(self, variables: Variables) -> Variables: ...
@@ -43,19 +57,41 @@ class Experiment(Protocol):
 
 
 def run(
-  experiment: Experiment, folder: Path, seed: int
+  experiment: Experiment,
+  folder: Path,
+  seed: int,
+  opens: Sequence[Logger] = (),
 ) -> dict[str, dict[str, Any]]:
-  """One seed: teacher, student alone, student distilled; then the numbers."""
+  """One seed: teacher, student alone, student distilled; then the numbers.
+
+  Args:
+    experiment: of a config.
+    folder: of the seed.
+    seed: of initialisation, of the data's order and of dropout.
+    opens: loggers, opened for each phase that trains.
+  """
+
+  def train(phase: str, name: str, frozen: PyTree = ()) -> Variables:
+    config, inside = experiment.config, folder / name
+    done = max(checkpoint.steps(inside / "checkpoints"), default=0)
+    needed = opens if done < config.phases[phase].steps else ()
+    with loggers.opened(needed, inside, config.to_dict()) as on_metrics:
+      return experiment.train(phase, inside, seed, frozen, on_metrics)
+
+  def measure(phase: str, variables: Variables) -> dict[str, Any]:
+    quiet = not processes.lead()
+    with progress.at(f"{phase} (seed {seed})", "measuring", quiet=quiet):
+      return experiment.measure(phase, variables, frozen)
+
   frozen = experiment.loaded
   if frozen is None:
-    frozen = experiment.train("teacher", folder / "teacher", seed)
+    frozen = train("teacher", "teacher")
   frozen = experiment.stored(frozen)
-  measured = {"teacher": experiment.measure("teacher", frozen, frozen)}
+  measured = {"teacher": measure("teacher", frozen)}
   for phase in ("alone", "distilled"):
     if experiment.config.phases[phase].steps:
       name = f"student_{phase}"
-      variables = experiment.train(phase, folder / name, seed, frozen)
-      measured[name] = experiment.measure(phase, variables, frozen)
+      measured[name] = measure(phase, train(phase, name, frozen))
   return measured
 
 

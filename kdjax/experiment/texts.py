@@ -20,6 +20,7 @@ from kdjax.experiment import phases
 from kdjax.generate import generate
 from kdjax.in_parts import in_parts
 from kdjax.inherit import copy_embeddings
+from kdjax.loggers import OnMetrics
 from kdjax.loop import distill
 from kdjax.losses import fused
 from kdjax.models.decoder import PARTITION, flops_per_token
@@ -98,7 +99,12 @@ class TextExperiment:
     self.evaluators: dict[str, Any] = {}
 
   def train(
-    self, phase: str, folder: Path, seed: int, frozen: PyTree = ()
+    self,
+    phase: str,
+    folder: Path,
+    seed: int,
+    frozen: PyTree = (),
+    on_metrics: OnMetrics | None = None,
   ) -> Variables:
     """`(params, stats)` of the phase's network, trained from where it was."""
     side = _side(phase)
@@ -122,6 +128,7 @@ class TextExperiment:
       partition=self.partition[side],
       teacher_partition=self.partition["teacher"],
       folder=folder,
+      on_metrics=on_metrics,
       **({} if side == "teacher" else self._views(taught=taught)),
       **phases.of_distill(self.config, phase, seed, self.optimizers[phase]),
     )

@@ -21,15 +21,13 @@ image, or for a token, on this machine. Exit codes: 0 done, 2 a mistake that the
 message explains.
 """
 
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from kdjax import errors
+from kdjax import commands, errors
 from kdjax.export import images, texts
 from kdjax.export.finished import PHASES, locate
 from kdjax.export.formats import FORMATS
@@ -83,43 +81,23 @@ def _check_free(output: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  # Orbax and TFDS tell of their progress in the log.
-  logging.getLogger().setLevel(logging.ERROR)
-  if len(argv) == 1 or set(argv) & {"--help", "-h"}:
-    print((__doc__ or "").strip())
-    return 2 if len(argv) == 1 else 0
-  try:
-    rows = export(**_arguments(argv))
-  except errors.UserError as error:
-    print(f"kdjax: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("kdjax: stopped, nothing is written", file=sys.stderr)
-    return 130
-  print(table(rows))
+  return commands.run(argv, __doc__, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+  print(table(export(**_arguments(argv))))
   return 0
 
 
 def _arguments(argv: Sequence[str]) -> dict[str, Any]:
   """The arguments of `export`; whatever is wrong with them as a UserError."""
-  values = flags.FlagValues()
-  for name in ("workdir", "output", "network", "format", "layout"):
-    flags.DEFINE_string(name, None, "", flag_values=values)
-  flags.DEFINE_integer("seed", None, "", flag_values=values)
-  try:
-    rest = values(list(argv))[1:]
-  except flags.Error as error:
-    raise errors.UserError(
-      f"cannot use the arguments: {' '.join(str(error).split())}"
-    ) from error
-  given = {
-    name: value
-    for name, value in values.flag_values_dict().items()
-    if value is not None
-  }
-  for name in ("workdir", "output"):
-    if not given.get(name):
-      raise errors.UserError(f"--{name} is missing: see --help")
-  if rest:
-    raise errors.UserError(f"got {' '.join(rest)}: see --help")
-  return given
+
+  def define(values: flags.FlagValues) -> None:
+    for name in ("workdir", "output", "network", "format", "layout"):
+      flags.DEFINE_string(name, None, "", flag_values=values)
+    flags.DEFINE_integer("seed", None, "", flag_values=values)
+
+  given, rest = commands.parse(argv, define)
+  commands.refuse(rest)
+  commands.require(given, "workdir", "output")
+  return {name: value for name, value in given.items() if value is not None}

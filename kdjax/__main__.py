@@ -1,0 +1,76 @@
+"""Distils a large network into a small one.
+
+    python -m kdjax COMMAND [--help | arguments]
+
+{commands}
+
+`python -m kdjax train` is `python -m kdjax.train`, and so on. Exit codes: 0
+done, 2 a mistake that one line explains, 130 Ctrl-C, 1 an error in the program;
+`kdjax train --help` tells of more.
+"""
+
+import importlib.util
+import runpy
+import sys
+from collections.abc import Sequence
+
+from kdjax import commands, errors
+
+# name: (what `python -m` runs, what it does)
+COMMANDS = {
+  "train": (
+    "kdjax.train",
+    "train a teacher, a student alone, distil it, and compare",
+  ),
+  "report": (
+    "kdjax.report.__main__",
+    "a page of curves, tables and pictures of finished runs",
+  ),
+  "export": (
+    "kdjax.export.__main__",
+    "write a run's student for others to load or to serve",
+  ),
+  "scaling": (
+    "kdjax.scaling",
+    "what a step takes on devices that are not here",
+  ),
+  "launch": (
+    "kdjax.launch",
+    "start the processes of one run on this machine",
+  ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit code."""
+  argv = sys.argv if argv is None else list(argv)
+  there = [name for name, (module, _) in COMMANDS.items() if _exists(module)]
+  table = "\n".join(f"  {name:<9}{COMMANDS[name][1]}" for name in there)
+  text = (__doc__ or "").replace("{commands}", table)
+  return commands.run(argv[:2], text, lambda: _dispatch(argv[1:], there))
+
+
+def _dispatch(argv: Sequence[str], there: Sequence[str]) -> int:
+  """Runs a command as `python -m` would."""
+  name, *rest = argv
+  module, _ = errors.choose("command", name, {n: COMMANDS[n] for n in there})
+  before = sys.argv
+  sys.argv = [f"kdjax {name}", *rest]
+  try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+  except SystemExit as end:
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
+  finally:
+    sys.argv = before
+  return 0
+
+
+def _exists(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # what it would lie in is no package
+    return False
+
+
+if __name__ == "__main__":
+  sys.exit(main())

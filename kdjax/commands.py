@@ -1,0 +1,98 @@
+"""What all commands share: --help, flags, and mistakes told in one line."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from kdjax import errors
+
+
+def run(argv: Sequence[str], text: str | None, body: Callable[[], int]) -> int:
+  """`body()`, unless help is asked for; the exit code.
+
+  Args:
+    argv: the program's name, and its arguments.
+    text: what --help shows.
+    body: all that the command does.
+  """
+  # Orbax and TFDS tell of their progress in the log.
+  logging.getLogger().setLevel(logging.ERROR)
+  own = argv[: argv.index("--")] if "--" in argv else argv
+  if len(argv) == 1 or {"--help", "-h", "-help"} & set(own):
+    print((text or "").strip())
+    return 2 if len(argv) == 1 else 0
+  try:
+    return body()
+  except errors.UserError as error:
+    print(f"kdjax: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("kdjax: stopped", file=sys.stderr)
+    return 130
+
+
+def parse(
+  argv: Sequence[str], define: Callable[[flags.FlagValues], None]
+) -> tuple[dict[str, Any], list[str]]:
+  """The values of the flags by name, and the arguments that are no flags.
+
+  Args:
+    argv: the program's name, and its arguments.
+    define: defines the flags.
+
+  Raises:
+    UserError: whatever is wrong with them.
+  """
+  values = flags.FlagValues()
+  before = set(values)
+  define(values)
+  names = set(values) - before
+  try:
+    rest = values(list(argv))[1:]
+    given = {name: values[name].value for name in names}
+    if "config" in given and values["config"].present:
+      _check_config(given["config"])
+  # A config is a program, and anything may go wrong in it.
+  except (Exception, SystemExit) as error:
+    raise errors.UserError(f"cannot use the arguments: {_told(error)}") from (
+      error
+    )
+  return given, rest
+
+
+def _told(error: BaseException) -> str:
+  """What went wrong in a flag, or in a config and where, in one line."""
+  if error.args and isinstance(error.args[0], KeyError):
+    error = error.args[0]
+  if isinstance(error, KeyError):
+    key, *hint = str(error.args[0]).splitlines()
+    return "; ".join([f"the config has no key {key}", *hint])
+  if isinstance(error, flags.Error) and "Traceback" not in str(error):
+    return errors.in_line(str(error))
+  while cause := error.__cause__ or error.__context__:
+    error = cause
+  if isinstance(error, errors.UserError):
+    return str(error)
+  return errors.told(error)
+
+
+def _check_config(config: Any) -> None:
+  if config is None:
+    raise errors.UserError("get_config of --config returns None, no ConfigDict")
+  config.keys()  # a file that failed to load says so when read
+
+
+def refuse(rest: Sequence[str], hint: str = "see --help") -> None:
+  """Refuses arguments that are no flags."""
+  if rest:
+    raise errors.UserError(f"got {' '.join(rest)}: {hint}")
+
+
+def require(given: Mapping[str, Any], *names: str) -> None:
+  """Refuses a command without one of these flags."""
+  for name in names:
+    if given.get(name) in (None, ""):
+      raise errors.UserError(f"--{name} is missing: see --help")
