@@ -1,5 +1,6 @@
 """The pages of docs/: their Python runs, what they name and quote exists."""
 
+import ast
 import functools
 import pkgutil
 import re
@@ -65,3 +66,30 @@ def tutorial(tmp_path_factory):
     names = {"__name__": "docs"}
     run(TUTORIAL, names)
   return names
+
+
+def messages():
+  """Every text that the code may say, its fields as \0."""
+  found = []
+  for path in sorted((ROOT / "kdjax").rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.JoinedStr):
+        parts = [getattr(v, "value", None) for v in node.values]
+        found.append("".join(p if isinstance(p, str) else "\0" for p in parts))
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found.append(node.value)
+  return found
+
+
+def quoted():
+  return re.findall(r"^### `(.+)` \{ #", read("docs/faq.md"), re.M)
+
+
+def test_the_faq_quotes_what_the_code_says():
+  said = messages()
+  assert len(quoted()) >= 40
+  for quote in quoted():
+    # "…" stands for a field, or for what follows.
+    parts = [re.escape(part) for part in quote.split("…")]
+    pattern = re.compile(".*?".join(parts), re.S)
+    assert any(pattern.search(text) for text in said), quote
