@@ -15,6 +15,7 @@ from typing import Any
 from latex2mathml import converter
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 # Where the pages of files outside of `docs/` are.
 FOLDER = "repository"
@@ -27,6 +28,8 @@ _MATH = re.compile(
   r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S
 )
 _CODE = re.compile(r"<code>([\w./-]+)</code>")
+# What the plugin `offline` would have each page fetch.
+_WORKER = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
 # Links, headings and blocks of code keep the code in them.
 _KEPT = re.compile(r"(<(a|h\d|pre)\b.*?</\2>)", re.S)
 
@@ -185,3 +188,20 @@ def _part(name: str) -> str | None:
   if name.startswith("kdjax."):
     return name
   return f"kdjax.{name}" if name.partition(".")[0] in parts and "." in name else None
+
+
+def on_post_page(output: str, *, page: Any, config: Any) -> str:
+  """The search's worker for file:// comes with the site, not from afar."""
+  return local_worker(output, page.file.url)
+
+
+def on_post_template(
+  output_content: str, *, template_name: str, config: Any
+) -> str:
+  """Of pages that may be shown at any address, such as 404."""
+  return output_content.replace(_WORKER, "")
+
+
+def local_worker(html: str, url: str) -> str:
+  ours = f'<script src="{get_relative_url("site/worker.js", url)}"></script>'
+  return html.replace(_WORKER, ours)
