@@ -61,7 +61,7 @@ def sections(docstring: str) -> Iterator[tuple[str, str]]:
       title, lines = head[1], []
       if head[2]:
         # What stands beside the title is indented like what stands below.
-        lines = [f"    {head[2]}"]
+        lines = [f"  {head[2]}"]
   yield title, textwrap.dedent("\n".join(lines)).strip("\n")
 
 
