@@ -73,6 +73,8 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Files) -> str:
 
   pieces = _KEPT.split(mathml(html))
   pieces[::2] = [_CODE.sub(link, piece) for piece in pieces[::2]]
+  # A value and its error stay on one line.
+  pieces[::2] = [piece.replace(" ± ", "\u00a0±\u00a0") for piece in pieces[::2]]
   return "".join(pieces)
 
 
