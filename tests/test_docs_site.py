@@ -154,8 +154,20 @@ def test_tex_becomes_mathml(hooks):
   assert 'display="block"' in made
   assert "<msub><mi>q</mi><mi>i</mi></msub>" in made
   assert "arithmatex" not in made
+
+
+@pytest.mark.parametrize(
+  "tex", [r"\nosuchthing", r"\begin{aligned} a &amp; b \end{aligned}"]
+)
+def test_tex_that_is_not_understood_is_refused(hooks, tex):
   with pytest.raises(hooks.PluginError, match="no MathML for"):
-    hooks.mathml(r'<span class="arithmatex">\(\nosuchthing\)</span>')
+    hooks.mathml(rf'<span class="arithmatex">\({tex}\)</span>')
+
+
+def test_functions_stand_apart(hooks):
+  made = hooks.mathml(r'<span class="arithmatex">\(p_i \log q_i\)</span>')
+  gap = '<mspace width="0.17em" />'
+  assert f"</msub>{gap}<mi>log</mi>{gap}<msub>" in made
 
 
 @pytest.fixture(scope="module")

@@ -104,10 +104,15 @@ def mathml(html: str) -> str:
 @cache
 def _mathml(tex: str, display: Any) -> str:
   made = converter.convert(tex, display=display)
-  if "\\" in made:  # a command that the converter does not know
+  # A command, or the columns of one, that the converter does not know.
+  if "\\" in made or ">&<" in made:
     raise PluginError(f"no MathML for {tex!r}: {made}")
-  # A function stands a little apart from what it is of.
-  return re.sub(r"(<mi>[a-z]{2,}</mi>)", r'\1<mspace width="0.17em" />', made)
+  # A function stands a little apart from what is beside it.
+  gap = '<mspace width="0.17em" />'
+  made = re.sub(r"(<mi>[a-z]{2,}</mi>)", rf"\1{gap}", made)
+  return re.sub(
+    r"(</m(?:i|n|sub|sup)>)(<mi>[a-z]{2,}</mi>)", rf"\1{gap}\2", made
+  )
 
 
 def outside(pages: list[Path], docs: Path) -> list[Path]:
