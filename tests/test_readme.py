@@ -15,7 +15,7 @@ TEXTS = [
   *READMES,
   "CHANGELOG.md",
   "CONTRIBUTING.md",
-  *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))),
+  *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 RUN = "python -m kdjax.train "
 
@@ -97,18 +97,24 @@ def test_the_table_of_activation_losses_names_those_that_exist():
   assert plain <= set(losses.TAP_LOSSES) - set(terms.TERMS)
 
 
+def lines():
+  """(text, line) of all commands; a variable of the shell counts as 1."""
+  return [
+    (name, re.sub(r"\$\w+", "1", line))
+    for name in TEXTS
+    for _, block in blocks(read(name), "")
+    for line in block.replace("\\\n", " ").splitlines()
+  ]
+
+
 def commands():
   return [
     (name, line[line.index(RUN) :].split("#")[0].strip())
-    for name in TEXTS
-    for _, block in blocks(read(name), "")
-    for line in block.splitlines()
+    for name, line in lines()
     if RUN in line
   ] + [
     (name, f"{RUN}{line.split(' -- ')[1]}")
-    for name in TEXTS
-    for _, block in blocks(read(name), "")
-    for line in block.splitlines()
+    for name, line in lines()
     if "python -m kdjax.launch " in line and " -- " in line
   ]
 
