@@ -178,9 +178,10 @@ def test_it_asks_for_a_restart_where_pip_replaced_what_is_loaded(
 
 def run(name, folder, monkeypatch):
   """The outputs of its cells, run as a reader would, with a small budget."""
-  nbformat = pytest.importorskip("nbformat")
-  sys.path.insert(0, str(ROOT / "colab"))
-  render = pytest.importorskip("render")
+  nbformat = pytest.importorskip("nbformat", reason="the notebooks extra")
+  monkeypatch.syspath_prepend(ROOT / "colab")
+  import render
+
   monkeypatch.setenv("KDJAX_NOTEBOOK_BUDGET", "small")
   monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
