@@ -37,13 +37,15 @@ def execute(notebook: nbformat.NotebookNode, folder: Path | str) -> None:
 def page(notebook: nbformat.NotebookNode, name: str, folder: Path) -> str:
   """The Markdown of an executed notebook; its pictures go into `folder`."""
   parts = [f"<!-- Written by colab/render.py from colab/{name}.ipynb. -->"]
+  heading = name
   for cell in notebook.cells:
     if cell.cell_type == "markdown":
       parts.append(cell.source)
+      heading = [heading, *re.findall(r"^#+ (.*)$", cell.source, re.M)][-1]
       continue
     parts.append(f"```python\n{cell.source}\n```")
     for output in merged(cell.outputs):
-      parts += shown(output, name, folder)
+      parts += shown(output, heading, folder)
   return "\n\n".join(parts) + "\n"
 
 
@@ -58,15 +60,16 @@ def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
   return kept
 
 
-def shown(output: nbformat.NotebookNode, name: str, folder: Path) -> list[str]:
-  """What a reader sees of one output of a cell."""
+def shown(
+  output: nbformat.NotebookNode, heading: str, folder: Path
+) -> list[str]:
+  """What a reader sees of one output of a cell below that heading."""
   data = output.get("data", {})
   if "image/png" in data:
-    count = len(list(folder.glob("*.png")))
-    path = folder / f"{count + 1}.png"
+    path = folder / f"{len(list(folder.glob('*.png'))) + 1}.png"
     picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
     picture.convert("RGB").quantize(COLORS).save(path, optimize=True)
-    return [f"![Picture {count + 1} of {name}]({folder.name}/{path.name})"]
+    return [f"![{heading}]({folder.name}/{path.name})"]
   if output.output_type == "stream" and output.name == "stderr":
     return []  # progress
   text = output.get("text", data.get("text/plain", ""))
