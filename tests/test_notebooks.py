@@ -2,6 +2,7 @@
 
 import builtins
 import glob
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -152,6 +153,17 @@ def test_it_installs_a_checkout_that_it_lies_in(inside, monkeypatch, tmp_path):
   install()
   assert machine.calls == [["-e", f"{checkout}[cuda]", "matplotlib"]]
   assert sys.path[0] == str(checkout)
+
+
+def test_a_folder_that_is_only_called_so_is_no_kdjax(monkeypatch, tmp_path):
+  machine = Machine(monkeypatch, tmp_path, missing=())
+  bare = importlib.machinery.ModuleSpec("kdjax", None, is_package=True)
+  known = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda n: bare if n == "kdjax" else known(n)
+  )
+  install()
+  assert machine.calls == [["kdjax", "matplotlib"]]
 
 
 def test_it_installs_from_where_it_is_told(monkeypatch, tmp_path):
