@@ -122,6 +122,7 @@ def from_linen(
 
   The module learns of training by the argument that its `__call__` has for it:
   `train`, `training`, or `deterministic` and `use_running_average` (inverted).
+  Its random streams, whatever their names, draw from the step's key.
 
   Args:
     module: the module.
@@ -141,6 +142,12 @@ def from_linen(
       "use_running_average": not train,
     }
     return {name: told[name] for name in told if name in parameters}
+
+  def streams(key: Array | None) -> dict[str, Array]:
+    # Linen takes "params" for whatever stream it is not given.
+    if key is None:
+      return {}
+    return {"dropout": key, "params": jax.random.fold_in(key, 1)}
 
   def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
     variables = dict(nn.unbox(module.init(key, inputs(batch), **mode(False))))
@@ -171,7 +178,7 @@ def from_linen(
       {"params": params, **stats},
       inputs(batch),
       **mode(train),
-      rngs={} if key is None else {"dropout": key},
+      rngs=streams(key),
       mutable=mutable,
       capture_intermediates=bool(taps),
     )
