@@ -9,6 +9,7 @@ are both divided by the temperature T in the soft loss.
 from kdjax import losses as losses
 from kdjax import models as models
 from kdjax.adapters import cast as cast
+from kdjax.adapters import from_batch as from_batch
 from kdjax.adapters import from_linen as from_linen
 from kdjax.adapters import from_nnx as from_nnx
 from kdjax.errors import UserError as UserError

@@ -3,6 +3,8 @@
 Both return the same kind of `Model`: plain nested dicts of arrays in, no hidden
 state. A module may return logits alone, or an `Output` with its own taps; the
 outputs of its submodules can be tapped by their path (`"blocks/0"`) either way.
+
+A teacher that ran elsewhere is a `Model` too: `from_batch` reads its logits.
 """
 
 import inspect
@@ -120,6 +122,7 @@ def from_linen(
 
   The module learns of training by the argument that its `__call__` has for it:
   `train`, `training`, or `deterministic` and `use_running_average` (inverted).
+  Its random streams, whatever their names, draw from the step's key.
 
   Args:
     module: the module.
@@ -139,6 +142,12 @@ def from_linen(
       "use_running_average": not train,
     }
     return {name: told[name] for name in told if name in parameters}
+
+  def streams(key: Array | None) -> dict[str, Array]:
+    # Linen takes "params" for whatever stream it is not given.
+    if key is None:
+      return {}
+    return {"dropout": key, "params": jax.random.fold_in(key, 1)}
 
   def init(key: Array, batch: Batch) -> tuple[Params, Stats]:
     variables = dict(nn.unbox(module.init(key, inputs(batch), **mode(False))))
@@ -169,7 +178,7 @@ def from_linen(
       {"params": params, **stats},
       inputs(batch),
       **mode(train),
-      rngs={} if key is None else {"dropout": key},
+      rngs=streams(key),
       mutable=mutable,
       capture_intermediates=bool(taps),
     )
@@ -178,6 +187,52 @@ def from_linen(
     return _output(returned, inner, taps), {**stats, **changed}
 
   return Model(run_once(init), apply)
+
+
+def from_batch(name: str = "teacher_logits") -> Model:
+  """A teacher without a network: its logits z stand in the batch.
+
+      z = batch[name]                                      [*batch, classes]
+
+  It has no variables, so no `teacher_variables` need be given. Whatever runs
+  with a network runs with it: terms on logits, masks, microbatches, meshes.
+  z must be of the very input that the student sees: it knows nothing of an
+  `augment` or a `transform`. `data.with_logits` lays z beside the images.
+
+  Args:
+    name: of the array.
+
+  Raises:
+    UserError: from `apply`, if the batch has no such array, or one that is no
+      table of logits, or a term asks for taps.
+  """
+
+  def apply(
+    params: Params,
+    stats: Stats,
+    batch: Batch,
+    *,
+    train: bool,
+    key: Array | None = None,
+    taps: tuple[str, ...] = (),
+  ) -> tuple[Output, Stats]:
+    del params, train, key
+    if name not in batch:
+      raise errors.UserError(
+        f"the teacher's logits are to be {name!r} of the batch, which has "
+        f"{', '.join(sorted(batch))}: add them (data.with_logits), to the "
+        "batches that are evaluated on too"
+      )
+    logits = batch[name]
+    rows = jnp.shape(batch["mask"])
+    if jnp.ndim(logits) != len(rows) + 1 or jnp.shape(logits)[:-1] != rows:
+      raise errors.UserError(
+        f"{name!r} of the batch has the shape {jnp.shape(logits)}, needs "
+        f"({', '.join(map(str, rows))}, classes): one row an example"
+      )
+    return _output(logits, {}, taps), stats
+
+  return Model(lambda key, batch: ({}, {}), apply)
 
 
 def reading(model: Model, prefix: str) -> Model:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
@@ -31,7 +32,7 @@ from kdjax import (
   stepping,
 )
 from kdjax.clock import Clock
-from kdjax.evaluate import make_evaluate
+from kdjax.evaluate import make_evaluate, num_parameters
 from kdjax.feed import Feed
 from kdjax.goodput import Goodput
 from kdjax.health import DivergedError as DivergedError
@@ -116,7 +117,8 @@ def distill(
     student, teacher: networks (`adapters` makes them). Without a teacher the
       terms must not need one: plain training from labels.
     teacher_variables: `(params, stats)`, or any tree in which `teacher_of` and
-      `student_of` find theirs; never changed, never saved.
+      `student_of` find theirs; never changed, never saved. A teacher without
+      variables (`from_batch`) needs none.
     train: batches of the whole batch's size. If its iterator has `get_state`
       and `set_state` (grain's do), the position is saved and restored;
       otherwise a resumed run reads and skips.
@@ -177,6 +179,8 @@ def distill(
   goal = _goal(terms, teacher)
   objective.check(goal, steps, has_teacher=teacher is not None)
   feed = Feed(train)
+  if teacher is not None and teacher_of is all_frozen:
+    teacher_variables = _given(teacher_variables, teacher, feed.first)
   parallel.check_batch_size(
     len(feed.first["mask"]) * parallel.data_share(mesh)[1],
     mesh,
@@ -300,6 +304,23 @@ def _goal(
   if teacher is not None:
     return hinton(alpha=0.1, temperature=4.0)
   return Objective((Term("hard", losses.cross_entropy, group="hard"),))
+
+
+def _given(variables: PyTree, teacher: Model, batch: Batch) -> PyTree:
+  """A teacher's variables; one that has none needs none.
+
+  Raises:
+    UserError: it has some, and they are not given.
+  """
+  if not isinstance(variables, tuple) or variables:
+    return variables
+  needed = jax.eval_shape(teacher.init, jax.random.key(0), batch)
+  if jax.tree.leaves(needed):
+    raise errors.UserError(
+      f"got no teacher_variables, and the teacher has "
+      f"{num_parameters(needed[0]):,} parameters: give its (params, stats)"
+    )
+  return needed
 
 
 def _restore(

@@ -18,6 +18,7 @@ from kdjax.errors import UserError as UserError
 #   labelled [B]  1 = the label may be used; absent = all may. A loss that
 #                 takes labels gives the other examples no weight.
 #   index    [B]  the example's number, where a loss needs it
+#   teacher_logits [B, classes]  of a teacher that ran before, for `from_batch`
 Batch = Mapping[str, Any]
 
 Params = PyTree

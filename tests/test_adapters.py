@@ -91,6 +91,28 @@ def test_taps_are_the_activations_of_submodules_by_path(name):
     model.apply(params, stats, BATCH, train=False, taps=("firts",))
 
 
+def test_a_linen_module_may_name_its_random_streams():
+  class Paths(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.Dense(5)(x)
+      if not train:
+        return x
+      shape = (len(x), 1)
+      first = jax.random.uniform(self.make_rng("drop_path"), shape)
+      return x * first * jax.random.uniform(self.make_rng("dropout"), shape)
+
+  model = from_linen(Paths())
+  params, stats = model.init(jax.random.key(0), BATCH)
+
+  def logits(seed):
+    key = jax.random.key(seed)
+    return model.apply(params, stats, BATCH, train=True, key=key)[0].logits
+
+  np.testing.assert_array_equal(logits(1), logits(1))
+  assert not np.array_equal(logits(1), logits(2))
+
+
 def test_params_have_string_keys_all_the_way():
   params, _ = MODELS["nnx"].init(jax.random.key(0), BATCH)
   assert set(params["blocks"]) == {"0", "1"}

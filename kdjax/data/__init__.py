@@ -16,3 +16,4 @@ from kdjax.data.sources import in_memory as in_memory
 from kdjax.data.sources import labelled_mask as labelled_mask
 from kdjax.data.sources import select as select
 from kdjax.data.sources import subset as subset
+from kdjax.data.sources import with_logits as with_logits

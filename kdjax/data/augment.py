@@ -151,12 +151,17 @@ def mixup(
     1 where both partners were: half an image of padding is no example.
 
   Raises:
-    UserError: alpha is not positive.
+    UserError: alpha is not positive; logits of the unmixed images.
   """
   if not alpha > 0:
     raise UserError(
       f"mixup got alpha={alpha}, needs a positive number: leave mixup out "
       "instead of setting it to 0"
+    )
+  if "teacher_logits" in batch:
+    raise UserError(
+      "mixup got a batch with teacher_logits, which are of the images before "
+      "they are mixed: leave mixup out, or let a teacher network see them"
     )
   share = jax.random.beta(key, alpha, alpha)
   share = jnp.maximum(share, 1 - share)

@@ -72,9 +72,10 @@ def train_batches(
 
   Returns:
     An iterable of dicts of arrays: `image` float32 [b, H, W, C], `label` int32,
-    `mask` float32 ones, `index` int32 (position in `source`) and, where asked
-    for, `labelled` float32; b = batch_size / process_count. Its iterator has
-    `get_state` and `set_state`; the state is `{"next_index": step}`.
+    `mask` float32 ones, `index` int32 (position in `source`) and, where there
+    are any, `labelled` and `teacher_logits` float32; b = batch_size /
+    process_count. Its iterator has `get_state` and `set_state`; the state is
+    `{"next_index": step}`.
 
   Raises:
     UserError: before the first batch, for a wrong argument; at a batch, for a
@@ -92,6 +93,12 @@ def train_batches(
         f"entry an example of {source.name} {source.split}"
       )
   _check_sizes(source, augment, "augment", "random_resized_crop")
+  if source.logits is not None and augment is not None:
+    raise UserError(
+      f"{source.name} {source.split} comes with a teacher's logits, which are "
+      "of the images as they are, and augment= changes these: leave augment "
+      "out, or let a teacher network see the same images"
+    )
 
   def batch(step: int) -> dict[str, np.ndarray]:
     positions = step * batch_size + rows
@@ -184,11 +191,15 @@ def _read(
       f"{sorted(shapes)} in one batch, needs one: use an augment or transform "
       "that fixes the size"
     )
-  return {
+  made = {
     "image": normalize(np.stack(images)),
     "label": np.array(labels, np.int32),
     "index": indices.astype(np.int32),
   }
+  if source.logits is not None:
+    rows = [source.logits[index] for index in indices.tolist()]
+    made["teacher_logits"] = np.stack(rows).astype(np.float32)
+  return made
 
 
 def _shuffled(size: int, seed: int, positions: np.ndarray) -> np.ndarray:

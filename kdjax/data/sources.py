@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax.types import UserError
@@ -26,6 +27,7 @@ class Source:
     image_shape: (H, W, C), with None where the images differ.
     name: what messages call the dataset.
     split: what messages call the part of it.
+    logits: position -> a teacher's [classes], where they came with the images.
   """
 
   examples: RandomAccess
@@ -34,6 +36,7 @@ class Source:
   image_shape: tuple[int | None, ...]
   name: str
   split: str
+  logits: RandomAccess | None = None
 
   def __len__(self) -> int:
     return len(self.examples)
@@ -85,13 +88,44 @@ def in_memory(source: Source) -> Source:
   for index in range(len(source)):
     example = source.examples[index]
     images[index], labels[index] = example["image"], example["label"]
-  return from_arrays(
+  kept = from_arrays(
     images,
     labels,
     num_classes=source.num_classes,
     name=source.name,
     split=source.split,
   )
+  return dataclasses.replace(kept, logits=source.logits)
+
+
+def with_logits(source: Source, logits: np.ndarray) -> Source:
+  """The source with a teacher's logits [N, classes], a row an example.
+
+  Batches then have them as `teacher_logits`, float32, whatever the order, for
+  `kdjax.from_batch`. They are of the images as they are here: where a batch
+  has others (`augment`, mixup) it is refused. -inf is a class that the teacher
+  does not have. The array may be memory-mapped; it is read once for the check.
+
+  Raises:
+    UserError: another shape, no floats, NaN or +inf.
+  """
+  shape = (len(source), source.num_classes)
+  if logits.shape != shape or not jnp.issubdtype(logits.dtype, np.floating):
+    raise UserError(
+      f"got {logits.dtype} logits of shape {logits.shape}, needs floats of "
+      f"shape {shape}: a row an example of {source.name} {source.split}, in "
+      "its order, a column a class"
+    )
+  for start in range(0, len(logits), 4096):
+    part = logits[start : start + 4096]
+    bad = np.flatnonzero(~(part < np.inf).all(axis=1))
+    if len(bad):
+      raise UserError(
+        f"the teacher's logits of example {start + bad[0]} of {source.name} "
+        f"{source.split} hold NaN or +inf, needs numbers: run the teacher "
+        "again, or leave the example out with kdjax.data.select"
+      )
+  return dataclasses.replace(source, logits=logits)
 
 
 def check_labels(source: Source, *, limit: int = 10_000) -> None:
@@ -169,6 +203,7 @@ def select(source: Source, mask: np.ndarray) -> Source:
     source,
     examples=_View(source.examples, kept),
     labels=_View(source.labels, kept),
+    logits=None if source.logits is None else _View(source.logits, kept),
     split=f"{source.split} ({len(kept)} selected)",
   )
 
