@@ -41,7 +41,7 @@ import jax
 from absl import flags
 
 import kdjax.config as configuration
-from kdjax import errors, metrics, preemption, processes, report
+from kdjax import errors, metrics, preemption, processes, results
 from kdjax.experiment import experiment, run
 
 _CODES = {errors.UserError: 2, preemption.Preempted: 128 + signal.SIGTERM}
@@ -75,10 +75,10 @@ def train(config: Any, workdir: str | Path) -> dict[str, Any]:
   processes.wait_for_all("claimed")
   seeds = range(config.seed, config.seed + config.seeds)
   runs = [run(checked, workdir / f"seed_{s}", s) for s in seeds]
-  results = report.summary(runs)
+  found = results.summary(runs)
   if processes.lead():
-    metrics.write_json(workdir / "results.json", results)
-  return results
+    metrics.write_json(workdir / "results.json", found)
+  return found
 
 
 def _claim(workdir: Path, config: Any) -> None:
@@ -155,13 +155,13 @@ def _run(argv: Sequence[str]) -> int:
     folder = Path(workdir).absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   try:
-    results = train(config, workdir)
+    found = train(config, workdir)
   except errors.UserError:
     if processes.lead():
       _leave_nothing(new)
     raise
   if processes.lead():
-    print(report.table(results))
+    print(results.table(found))
   return 0
 
 

@@ -19,6 +19,7 @@ ROWS = [
     "clock",
     "flops",
     "health",
+    "examples",
     "hlo",
     "lora",
     "optimizers",
@@ -43,10 +44,10 @@ ROWS = [
   },
   {"goodput", "opening", "stepping"},
   {"loop"},
-  {"config", "report"},
+  {"config", "results"},
   {"experiment"},
   {"train", "scaling"},
-  {"export"},
+  {"export", "report"},
 ]
 
 

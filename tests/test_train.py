@@ -156,7 +156,7 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
   teacher = finished / "seed_0" / "teacher"
   named = f"--config.teacher.checkpoint={teacher}"
   assert run("digits.py:smoke", tmp_path, data_dir, named) == 0
-  assert not (tmp_path / "seed_0" / "teacher").exists()
+  assert not (tmp_path / "seed_0" / "teacher" / "checkpoints").exists()
   a, b = (
     json.loads((folder / "results.json").read_text())
     for folder in (finished, tmp_path)

@@ -26,6 +26,7 @@ class Source:
     image_shape: (H, W, C), with None where the images differ.
     name: what messages call the dataset.
     split: what messages call the part of it.
+    class_names: what the classes are called, if known.
   """
 
   examples: RandomAccess
@@ -34,6 +35,7 @@ class Source:
   image_shape: tuple[int | None, ...]
   name: str
   split: str
+  class_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.examples)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 import kdjax.config as configuration
-from kdjax import errors, objective, parallel
+from kdjax import errors, examples, objective, parallel, processes
 from kdjax.config import Optimizer
 from kdjax.losses import fused
 from kdjax.objective import Objective
@@ -25,7 +25,8 @@ class Experiment(Protocol):
     loaded: the teacher's variables, None where it is to be trained.
     train: trains the network of a phase, from where it was.
     stored: the teacher's variables as the student's phases read them.
-    measure: what a phase's network comes to on held-out data.
+    measure: what a phase's network comes to on held-out data, in all and on
+      each example.
   """
 
   config: Any
@@ -39,7 +40,7 @@ class Experiment(Protocol):
 
   def measure(
     self, phase: str, variables: Variables, frozen: PyTree
-  ) -> dict[str, Any]: ...
+  ) -> tuple[dict[str, Any], examples.Facts]: ...
 
 
 def run(
@@ -50,12 +51,19 @@ def run(
   if frozen is None:
     frozen = experiment.train("teacher", folder / "teacher", seed)
   frozen = experiment.stored(frozen)
-  measured = {"teacher": experiment.measure("teacher", frozen, frozen)}
+  measured = {}
+
+  def measure(name: str, phase: str, variables: Variables) -> None:
+    measured[name], facts = experiment.measure(phase, variables, frozen)
+    if processes.lead():
+      examples.write(folder / name / examples.NAME, facts)
+
+  measure("teacher", "teacher", frozen)
   for phase in ("alone", "distilled"):
     if experiment.config.phases[phase].steps:
       name = f"student_{phase}"
       variables = experiment.train(phase, folder / name, seed, frozen)
-      measured[name] = experiment.measure(phase, variables, frozen)
+      measure(name, phase, variables)
   return measured
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdjax.report import NETWORKS, summary, table
+from kdjax.results import NETWORKS, summary, table
 
 
 def run(accuracy):
