@@ -108,7 +108,7 @@ def sizes(bars: Sequence[Bar], name: str) -> Picture:
         linestyle="none",
         label=bar.label,
       )
-    logarithmic(axes.xaxis)
+    logarithmic(axes, "x")
     axes.margins(0.15)
     axes.set_xlabel("parameters")
     axes.set_ylabel(title)
@@ -138,11 +138,11 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       size=7.5,
       color=theme.faint,
     )
-    edges = np.linspace(0, 1, len(lines[0][2].count) + 1)
+    edges = np.linspace(0, 1, len(lines[0][2].examples) + 1)
     for label, look, bins in lines:
       colour = theme.lines[look % len(theme.lines)]
       dashes = DASHES[look % len(DASHES)]
-      there = bins.count > 0
+      there = bins.examples > 0
       top.plot(
         bins.confidence[there],
         bins.accuracy[there],
@@ -152,7 +152,7 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
         markersize=4,
         label=f"{label} (ECE {bins.ece:.1%})",
       )
-      share = bins.count / bins.count.sum()
+      share = bins.examples / bins.examples.sum()
       below.stairs(share, edges, color=colour, linestyle=dashes, linewidth=1.4)
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1.03)

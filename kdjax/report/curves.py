@@ -259,7 +259,7 @@ def plot(axes: Any, theme: Theme, lines: Sequence[tuple[Series, str]]) -> None:
       axes.fill_between(found.steps, *band, color=colour, alpha=0.2, lw=0)
     low, high = min(low, found.mean.min()), max(high, found.mean.max())
   if low > 0 and high / low > _WIDE:
-    logarithmic(axes.yaxis)
+    logarithmic(axes, "y")
     return
   axes.margins(y=0.08)
   if np.isfinite(low) and high - low < 1e-9 * max(abs(high), 1e-9):

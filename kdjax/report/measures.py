@@ -34,11 +34,11 @@ class Bins(NamedTuple):
   """Examples by confidence: (0, 1/15], (1/15, 2/15] ..., each `[15]`.
 
   Attributes:
-    count: how many there are.
+    examples: how many there are.
     accuracy, confidence: their means; NaN where there is none.
   """
 
-  count: np.ndarray
+  examples: np.ndarray
   accuracy: np.ndarray
   confidence: np.ndarray
 
@@ -46,7 +46,7 @@ class Bins(NamedTuple):
   def ece(self) -> float:
     """Σ (bin's share) · |accuracy − confidence|, as `kdjax.evaluate` has it."""
     gap = np.abs(self.accuracy - self.confidence)
-    return float(np.nansum(self.count * gap) / self.count.sum())
+    return float(np.nansum(self.examples * gap) / self.examples.sum())
 
 
 def calibration(seeds: Sequence[Facts]) -> Bins:
@@ -79,7 +79,7 @@ def confused(seeds: Sequence[Facts], most: int) -> list[tuple[int, int, int]]:
   pairs = np.stack([theirs[differ], ours[differ]], -1)
   found, counts = np.unique(pairs, axis=0, return_counts=True)
   order = np.argsort(-counts, kind="stable")[:most]
-  return [(*map(int, found[n]), int(counts[n])) for n in order]
+  return [(int(found[n, 0]), int(found[n, 1]), int(counts[n])) for n in order]
 
 
 def num_classes(seeds: Sequence[Facts]) -> int:
@@ -92,12 +92,12 @@ class Share(NamedTuple):
   """A class, or a kind of token, and what a network makes of it.
 
   Attributes:
-    count: examples of it, of one seed on the mean.
+    examples: of one seed, on the mean.
     accuracy, nll, kl: means over seeds; KL is NaN where nobody compares.
     errors: of each, its standard error; None for one seed.
   """
 
-  count: float
+  examples: float
   accuracy: float
   nll: float
   kl: float

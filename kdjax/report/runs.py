@@ -12,7 +12,9 @@ from kdjax import examples
 from kdjax.errors import UserError
 from kdjax.results import NETWORKS
 
-PHASES = dict(zip(NETWORKS, ("teacher", "alone", "distilled")))
+PHASES: Mapping[str, str] = dict(
+  zip(NETWORKS, ("teacher", "alone", "distilled"))
+)
 
 
 class Network(NamedTuple):

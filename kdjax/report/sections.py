@@ -315,7 +315,7 @@ def _lost_table(
     mine, other = found[ours][n], found[rival][n]
     row = [
       names(n),
-      f"{mine.count:,.0f}",
+      f"{mine.examples:,.0f}",
       f"{factor * getattr(other, which):{form}}",
       f"{factor * getattr(mine, which):{form}}",
       f"{factor * by:+{form}}",

@@ -120,9 +120,10 @@ def png(
   return small.getvalue()
 
 
-def logarithmic(axis: Any) -> None:
-  """Its numbers written out: powers would be mathematics, which is off."""
-  axis._set_axes_scale("log")
+def logarithmic(axes: Any, which: str) -> None:
+  """ "x" or "y"; numbers written out: powers would be mathematics, now off."""
+  axes.set(**{f"{which}scale": "log"})
+  axis = getattr(axes, f"{which}axis")
   write = lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"  # noqa: E731
   axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
   axis.set_minor_locator(NullLocator())
