@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from kdjax import processes
+
 NETWORKS = ("teacher", "student_alone", "student_distilled")
 # metric: (heading, factor, format)
 COLUMNS = {
@@ -60,7 +62,11 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
       }
   return results | {
     "seeds": list(runs),
-    "versions": {"jax": jax.__version__, "backend": jax.default_backend()},
+    "versions": {
+      **processes.versions(),
+      "backend": jax.default_backend(),
+      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    },
   }
 
 

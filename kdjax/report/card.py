@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from kdjax.report import curves, sections
@@ -11,7 +12,7 @@ from kdjax.report.style import LIGHT, Theme, png
 from kdjax.results import COLUMNS
 
 _SHOWN = ("accuracy", "bits_per_byte", "nll", "ece", "agreement", "kl")
-_TITLES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+_TITLES = {"bits_per_byte": "bits per byte", "nll": "NLL"}
 
 
 def card(runs: Sequence[Run]) -> bytes:
@@ -39,9 +40,10 @@ def card(runs: Sequence[Run]) -> bytes:
   ]
 
   def draw(figure: Figure, theme: Theme) -> None:
-    above, below = figure.subfigures(
-      2, height_ratios=[3.4, 0.5 + 0.36 * len(rows)]
-    )
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.15, h_pad=0.1)
+    ratios = [3.4, 0.5 + 0.36 * len(rows)]
+    above, below = np.asarray(figure.subfigures(2, height_ratios=ratios)).flat
     for name, axes in zip((quality, second), above.subplots(1, 2)):
       curves.plot(axes, theme, [(s, name) for s in shown])
       what = name.removeprefix("eval/")

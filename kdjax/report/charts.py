@@ -83,7 +83,9 @@ def _bars(axes: Any, theme: Theme, bars: Sequence[Bar], name: str) -> None:
   axes.invert_yaxis()
   axes.set_xlim(0, (widest or 1.0) * 1.38)
   axes.set_title(title)
-  axes.grid(axis="y", visible=False)
+  axes.grid(visible=False)
+  axes.set_xticks([])
+  axes.spines["bottom"].set_visible(False)
   axes.tick_params(axis="y", length=0)
 
 
@@ -128,35 +130,24 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
   def draw(figure: Figure, theme: Theme) -> None:
     top, below = figure.subplots(2, sharex=True, height_ratios=[3.2, 1])
     top.plot([0, 1], [0, 1], color=theme.faint, linewidth=1)
-    top.annotate(
-      "as right as confident",
-      (0.28, 0.28),
-      (4, -4),
-      textcoords="offset points",
-      rotation=0,
-      va="top",
-      size=7.5,
-      color=theme.faint,
-    )
     edges = np.linspace(0, 1, len(lines[0][2].examples) + 1)
     for label, look, bins in lines:
       colour = theme.lines[look % len(theme.lines)]
       dashes = DASHES[look % len(DASHES)]
       there = bins.examples > 0
-      top.plot(
-        bins.confidence[there],
-        bins.accuracy[there],
-        color=colour,
-        linestyle=dashes,
-        marker=MARKERS[look % len(MARKERS)],
-        markersize=4,
-        label=f"{label} (ECE {bins.ece:.1%})",
-      )
       share = bins.examples / bins.examples.sum()
+      marker = MARKERS[look % len(MARKERS)]
+      found = bins.confidence[there], bins.accuracy[there]
+      top.plot(*found, color=colour, linestyle=dashes, linewidth=0.9)
+      top.scatter(*found, 8 + 90 * share[there] ** 0.5, colour, marker)
+      name = f"{label} (ECE {bins.ece:.1%})"
+      top.plot(
+        [], [], color=colour, linestyle=dashes, marker=marker, label=name
+      )
       below.stairs(share, edges, color=colour, linestyle=dashes, linewidth=1.4)
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1.03)
-    top.legend(loc="upper left", fontsize=8)
+    top.legend(loc="best", fontsize=8)
     top.set_title("Calibration")
     below.set_xlim(0, 1)
     below.set_ylabel("share")
@@ -233,17 +224,17 @@ def dumbbells(
     for n in range(len(groups)):
       marks = [getattr(s[n], name) for _, _, s in lines if s[n] is not None]
       axes.plot([min(marks), max(marks)], [n, n], color=theme.grid, lw=4)
-    for network, look, shares in lines:
+    for size, (network, look, shares) in zip((9, 6.5, 4), lines):
       at = [n for n, share in enumerate(shares) if share is not None]
       there = [share for share in shares if share is not None]
       errors = [share.errors[name] for share in there]
       axes.errorbar(
         [getattr(share, name) for share in there],
         at,
-        xerr=None if None in errors else errors,
+        xerr=None if None in errors else np.array(errors, float),
         color=theme.lines[look % len(theme.lines)],
         marker=MARKERS[look % len(MARKERS)],
-        markersize=6,
+        markersize=size,
         linestyle="none",
         elinewidth=1,
         capsize=2,

@@ -142,9 +142,11 @@ def losses(shown: Sequence[Series], *, one_run: bool) -> list[Picture]:
         ],
       )
     )
-  strips = [
-    (n, [(s, n) for s in shown]) for _, ns in _strips(shown) for n in ns
-  ]
+  # Of one run the student's other schedules are in the picture before.
+  below = [n for title, names in _strips(shown) for n in names]
+  if one_run:
+    below = [n for n in below if n.startswith("learning_rate")]
+  strips = [(n, [(s, n) for s in shown]) for n in below]
   made.append(
     _stacked(
       "loss_total",
@@ -219,7 +221,7 @@ def _stacked(
     axes[0].set_title(says)
     legend(axes[0])
     for (title, below), ax in zip(strips, axes[1:]):
-      plot(ax, theme, below)
+      plot(ax, theme, below, logs=False)
       ax.set_ylabel(_short(title))
       ax.yaxis.set_major_locator(MaxNLocator(2))
       if len({n for _, n in below}) > 1:
@@ -236,8 +238,18 @@ def _short(name: str) -> str:
   )
 
 
-def plot(axes: Any, theme: Theme, lines: Sequence[tuple[Series, str]]) -> None:
-  """A line for each (series, metric) that was logged, seeds as a band."""
+def plot(
+  axes: Any,
+  theme: Theme,
+  lines: Sequence[tuple[Series, str]],
+  *,
+  logs: bool = True,
+) -> None:
+  """A line for each (series, metric) that was logged, seeds as a band.
+
+  Args:
+    logs: whether a wide range makes the axis logarithmic.
+  """
   low, high = np.inf, -np.inf
   for one, name in lines:
     found = line(one.seeds, name)
@@ -258,7 +270,7 @@ def plot(axes: Any, theme: Theme, lines: Sequence[tuple[Series, str]]) -> None:
       band = found.mean - found.error, found.mean + found.error
       axes.fill_between(found.steps, *band, color=colour, alpha=0.2, lw=0)
     low, high = min(low, found.mean.min()), max(high, found.mean.max())
-  if low > 0 and high / low > _WIDE:
+  if logs and low > 0 and high / low > _WIDE:
     logarithmic(axes, "y")
     return
   axes.margins(y=0.08)

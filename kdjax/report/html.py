@@ -11,6 +11,9 @@ from PIL import Image
 from kdjax.report.style import DARK, LIGHT, Picture
 
 
+_EMPTY = {"br"}
+
+
 class Html(str):
   """Text that is HTML already; any other is escaped by `el`."""
 
@@ -22,7 +25,8 @@ def el(tag: str, *inside: object, **attributes: object) -> Html:
     for name, value in attributes.items()
     if value is not None
   )
-  return Html(f"<{tag}{told}>{join(inside)}</{tag}>")
+  end = "" if tag in _EMPTY else f"</{tag}>"
+  return Html(f"<{tag}{told}>{join(inside)}{end}")
 
 
 def join(parts: Sequence[object], between: str = "") -> Html:
@@ -138,13 +142,14 @@ table { border-collapse: collapse; font-size: .9rem;
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .28rem .75rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); vertical-align: top; }
-th:first-child, td:first-child { padding-left: 0; }
+tr > :first-child { padding-left: 0 !important; }
 th[scope=row], thead th:first-child { text-align: left; }
 th[scope=row] { font-weight: 500; }
 thead th { font-weight: 600; border-bottom-color: var(--faint); }
 .left td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .pictures { display: grid; gap: 1.2rem 1.4rem; margin: .8rem 0 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
+.pictures th, .pictures td { padding: .28rem .55rem; }
 .pictures img { display: block; max-width: 100%; height: auto; }
 .one { display: block; }
 .one img { display: block; max-width: 100%; height: auto; }
@@ -160,11 +165,11 @@ pre, code, .tokens { font: .85rem/1.7 ui-monospace, SFMono-Regular, Menlo,
   Consolas, "DejaVu Sans Mono", monospace; }
 pre, .tokens { border: 1px solid var(--grid); border-radius: 6px;
   padding: .6rem .8rem; margin: .3rem 0 1rem; overflow-x: auto;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 26rem; }
 .tokens span { border-radius: 3px; padding: .1em 0; }
 .tokens .other { text-decoration: underline dotted;
   text-underline-offset: .25em; }
-.key { display: inline-block; width: 1.6em; height: 1em; border-radius: 3px;
+.key { display: inline-block; border: 1px solid var(--grid); width: 1.6em; height: 1em; border-radius: 3px;
   vertical-align: -.1em; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; }

@@ -21,6 +21,11 @@ _WIDTH, _WINDOWS = 64, 6  # tokens of a stretch, stretches
 STUDENTS = NETWORKS[1:]
 
 
+def beside(made: Sequence[Picture], says: str) -> Html:
+  """A picture, and what it says at its side."""
+  return el("div", *map(image, made), el("p", says), class_="pictures")
+
+
 class Section(NamedTuple):
   title: str
   body: Html
@@ -29,6 +34,10 @@ class Section(NamedTuple):
 
 def plain(network: str) -> str:
   return network.replace("_", " ")
+
+
+def short(network: str) -> str:
+  return network.removeprefix("student_")
 
 
 def bars(runs: Sequence[Run]) -> list[Bar]:
@@ -108,7 +117,7 @@ def size(runs: Sequence[Run]) -> Section | None:
   says = "Up and to the left is better."
   if name == "bits_per_byte":
     says = "Down and to the left is better."
-  return Section("Size", join([el("p", says), pictures(made)]), made)
+  return Section("Size", beside(made, says), made)
 
 
 def training(runs: Sequence[Run]) -> Section:
@@ -155,9 +164,10 @@ def calibration(runs: Sequence[Run]) -> Section | None:
   says = (
     "Among the examples on which a network is so confident, the share on which "
     "it is right. Below the diagonal it is too sure of itself. The lower panel "
-    "is how often it is so confident. Seeds are taken together."
+    "is how often it is so confident, and so is the size of the marks: small "
+    "ones say little. Seeds are taken together."
   )
-  return Section("Calibration", join([el("p", says), pictures(made)]), made)
+  return Section("Calibration", beside(made, says), made)
 
 
 def against_teacher(run: Run) -> Section | None:
@@ -312,6 +322,8 @@ def _lost_table(
   factor, form = (1, ".3f") if which == "nll" else (100, ".1f")
   rows = []
   for n, by in lost[:_WORST_ROWS]:
+    if by < 1e-9:
+      break
     mine, other = found[ours][n], found[rival][n]
     row = [
       names(n),
@@ -323,8 +335,10 @@ def _lost_table(
     if which == "nll":
       row.append("–" if math.isnan(mine.kl) else f"{mine.kl:.3f}")
     rows.append(row)
+  if not rows:
+    return el("p", f"Nothing lost against {plain(rival)}.")
   unit = "NLL" if which == "nll" else "accuracy %"
-  head = ["", "examples", plain(rival), plain(ours), "lost"]
+  head = ["", "examples", short(rival), short(ours), "lost"]
   return table(
     [*head, "KL"] if which == "nll" else head,
     rows,
@@ -447,7 +461,7 @@ def samples(run: Run) -> Section | None:
     for network in NETWORKS:
       for prompt, written in seed.get(network, {}).get("samples", ()):
         blocks.append(el("h3", plain(network)))
-        blocks.append(el("pre", el("b", prompt), written))
+        blocks.append(el("pre", el("b", prompt), written.rstrip()))
   return Section("What they write", join(blocks)) if blocks else None
 
 

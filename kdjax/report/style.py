@@ -125,7 +125,9 @@ def logarithmic(axes: Any, which: str) -> None:
   axes.set(**{f"{which}scale": "log"})
   axis = getattr(axes, f"{which}axis")
   write = lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"  # noqa: E731
-  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+  low, high = axes.dataLim.intervalx if which == "x" else axes.dataLim.intervaly
+  few = high / low < 200
+  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
   axis.set_minor_locator(NullLocator())
   axis.set_major_formatter(FuncFormatter(write))
 
@@ -159,7 +161,10 @@ def _settings(theme: Theme) -> Any:
     "ytick.labelcolor": theme.ink,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.framealpha": 0.8,
+    "legend.facecolor": theme.ground,
+    "legend.edgecolor": "none",
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "hatch.linewidth": 0.7,
