@@ -10,7 +10,6 @@ from PIL import Image
 
 from kdjax.report.style import DARK, LIGHT, Picture
 
-
 _EMPTY = {"br"}
 
 
@@ -169,7 +168,8 @@ pre, .tokens { border: 1px solid var(--grid); border-radius: 6px;
 .tokens span { border-radius: 3px; padding: .1em 0; }
 .tokens .other { text-decoration: underline dotted;
   text-underline-offset: .25em; }
-.key { display: inline-block; border: 1px solid var(--grid); width: 1.6em; height: 1em; border-radius: 3px;
+.key { display: inline-block; border: 1px solid var(--grid);
+  width: 1.6em; height: 1em; border-radius: 3px;
   vertical-align: -.1em; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
