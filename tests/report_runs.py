@@ -100,7 +100,9 @@ def write(
       if with_facts is not None:
         found = with_facts(seed + 10 * n)
         if "image" not in network and "texts" not in found:
-          images = [{"image": np.full((4, 4, 1), k, "u1")} for k in range(200)]
+          images = [
+            {"image": np.full((4, 4, 1), k, "u1")} for k in range(200)
+          ] * 20
           found = examples.with_images(found, images)
         examples.write(place / examples.NAME, found)
     quality = dict(zip(networks, (0.9, 0.7, 0.8)))

@@ -117,6 +117,9 @@ def test_worst_windows_are_sorted_and_stay_within_a_row():
   means = [f["kl"][s].mean() for s in found]
   assert means == sorted(means, reverse=True)
   assert len(measures.worst_windows(f, 16, 2)) == 2
+  # Rows shorter than the width are pieces themselves.
+  found = measures.worst_windows(f, 64, 10)
+  assert sorted(s.start for s in found) == [0, 20, 40]
 
 
 def test_the_worst_are_the_farthest_from_the_teacher():

@@ -139,7 +139,9 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       marker = MARKERS[look % len(MARKERS)]
       found = bins.confidence[there], bins.accuracy[there]
       top.plot(*found, color=colour, linestyle=dashes, linewidth=0.9)
-      top.scatter(*found, 8 + 90 * share[there] ** 0.5, colour, marker)
+      top.scatter(
+        *found, 8 + 90 * share[there] ** 0.5, color=colour, marker=marker
+      )
       name = f"{label} (ECE {bins.ece:.1%})"
       top.plot(
         [], [], color=colour, linestyle=dashes, marker=marker, label=name

@@ -178,15 +178,18 @@ def worst_windows(facts: Facts, width: int, most: int) -> list[slice]:
   """Stretches of tokens of one row whose mean KL is largest, that one first.
 
   Without a teacher to compare with, whose mean NLL is. Rows are cut every
-  `width` tokens that count; pieces under half of it are left out.
+  `width` tokens that count (of the longest row, if that has fewer); pieces
+  under half of it are left out.
   """
   value = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
   rows = facts["row"]
   starts = np.flatnonzero(np.diff(rows, prepend=-1))
+  stops = np.append(starts[1:], len(rows))
+  width = min(width, int((stops - starts).max(initial=1)))
   found = []
-  for start, stop in zip(starts, [*starts[1:], len(rows)]):
+  for start, stop in zip(starts.tolist(), stops.tolist()):
     for at in range(start, stop, width):
-      piece = slice(int(at), int(min(at + width, stop)))
+      piece = slice(at, min(at + width, stop))
       if 2 * (piece.stop - piece.start) >= width:
         found.append((float(value[piece].mean()), piece))
   found.sort(key=lambda pair: -pair[0])
