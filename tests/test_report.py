@@ -93,7 +93,12 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
   assert page.whole.count("prefers-color-scheme: dark") > 10
   names = {p.name for p in path.parent.iterdir()} - {"index.html"}
   light = {n for n in names if "-dark" not in n}
-  assert {"summary.png", "results.png", "calibration.png", "size.png"} <= light
+  assert {
+    "summary.png",
+    "result_nll.png",
+    "calibration.png",
+    "size.png",
+  } <= light
   assert {"confusion_student_alone.png", "loss_total.png", "time.png"} <= light
   for name in light - {"summary.png"}:
     dark = Image.open(path.parent / name.replace(".png", "-dark.png"))

@@ -31,21 +31,15 @@ class Bar(NamedTuple):
   values: Mapping[str, Sequence[float]]
 
 
-def side_by_side(bars: Sequence[Bar], names: Sequence[str]) -> Picture:
-  """A panel a metric, a bar a network; whiskers are one standard error."""
-  columns = 2 if len(names) > 1 else 1
-  rows = -(-len(names) // columns)
+def side_by_side(bars: Sequence[Bar], name: str) -> Picture:
+  """A bar a network; whiskers are one standard error."""
 
   def draw(figure: Figure, theme: Theme) -> None:
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid[len(names) :]:
-      axes.set_visible(False)
-    for name, axes in zip(names, grid):
-      _bars(axes, theme, bars, name)
+    _bars(figure.subplots(), theme, bars, name)
 
-  height = rows * (0.75 + 0.3 * len(bars))
-  says = "The networks side by side: " + ", ".join(names)
-  return picture("results", says, draw, width=10, height=height)
+  height = 0.5 + 0.3 * len(bars)
+  says = f"{COLUMNS[name][0]} of the networks side by side"
+  return picture(f"result_{name}", says, draw, height=height)
 
 
 def _bars(axes: Any, theme: Theme, bars: Sequence[Bar], name: str) -> None:
@@ -67,7 +61,7 @@ def _bars(axes: Any, theme: Theme, bars: Sequence[Bar], name: str) -> None:
       ecolor=theme.ink,
     )
     text = f"{mean:{form}}"
-    if error is not None:
+    if error:
       text += f" ± {factor * error:{form}}"
     end = mean + factor * (error or 0)
     axes.annotate(
@@ -176,7 +170,7 @@ def matrix(
       axes.add_patch(_square(*square, theme.grid))
     if size <= 14:
       for i, j in np.argwhere(counts).tolist():
-        dark = i != j and apart[i, j] > 0.6 * most
+        dark = i != j and apart[i, j] > 0.75 * most
         axes.text(
           j,
           i,

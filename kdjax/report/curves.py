@@ -264,6 +264,7 @@ def plot(
       linestyle=DASHES[one.look % len(DASHES)],
       marker=MARKERS[one.look % len(MARKERS)] if few else None,
       markersize=4,
+      linewidth=1.6 if few else 1.2,
       label=one.label,
     )
     if found.error is not None:
@@ -284,4 +285,5 @@ def legend(axes: Any, *, small: bool = False) -> None:
   if not handles:
     return
   size = 7 if small else 8
-  axes.legend(fontsize=size, loc="best", handlelength=2.6, labelspacing=0.3)
+  where = "center right" if small else "best"
+  axes.legend(fontsize=size, loc=where, handlelength=2.6, labelspacing=0.3)

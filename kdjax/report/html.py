@@ -150,8 +150,6 @@ thead th { font-weight: 600; border-bottom-color: var(--faint); }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
 .pictures th, .pictures td { padding: .28rem .55rem; }
 .pictures img { display: block; max-width: 100%; height: auto; }
-.one { display: block; }
-.one img { display: block; max-width: 100%; height: auto; }
 .cards { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
 figure { margin: 0; }

@@ -71,8 +71,8 @@ def results(runs: Sequence[Run]) -> Section:
   body = [table(head, rows, caption=caption), *gains]
   quality = [n for n in columns if n not in ("parameters", "flops")]
   quality = [n for n in quality if n != "flops_per_token"]
-  made = [charts.side_by_side(shown, quality)] if quality else []
-  body += [el("div", image(p), class_="one") for p in made]
+  made = [charts.side_by_side(shown, name) for name in quality]
+  body.append(pictures(made))
   return Section("Results", join(body), made)
 
 

@@ -126,8 +126,9 @@ def logarithmic(axes: Any, which: str) -> None:
   axis = getattr(axes, f"{which}axis")
   write = lambda x, _: f"{x:,.0f}" if x >= 10 else f"{x:g}"  # noqa: E731
   low, high = axes.dataLim.intervalx if which == "x" else axes.dataLim.intervaly
-  few = high / low < 200
-  axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+  spread = high / low
+  subs = (1.0, 2.0, 5.0) if spread < 100 else (1.0, 3.0)
+  axis.set_major_locator(LogLocator(subs=subs if spread < 3000 else (1.0,)))
   axis.set_minor_locator(NullLocator())
   axis.set_major_formatter(FuncFormatter(write))
 
