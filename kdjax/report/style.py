@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -108,16 +109,15 @@ def png(
     # Names of classes may be in letters that the font has not.
     warnings.filterwarnings("ignore", message=".*Glyph.*")
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     draw(figure, theme)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    canvas.draw()
   # A table of colours makes a third of the size.
-  image = Image.open(drawn).convert("RGB")
+  image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
   image = image.quantize(_COLOURS, dither=Image.Dither.NONE)
-  small = io.BytesIO()
-  image.save(small, format="png", optimize=True)
-  return small.getvalue()
+  stored = io.BytesIO()
+  image.save(stored, format="png")
+  return stored.getvalue()
 
 
 def logarithmic(axes: Any, which: str) -> None:
