@@ -153,10 +153,10 @@ def test_the_facts_of_the_examples_come_to_the_results(finished, data_dir):
 def test_a_report_reads_what_a_run_writes(finished):
   (found,) = runs.read([finished])
   results = json.loads((finished / "results.json").read_text())
-  for network, values in measures.outcomes(found).items():
+  for network, values in runs.outcomes(found).items():
     assert {m: x for m, (x,) in values.items()} == results[network]
     (net,) = found.of(network)
-    assert measures.done(found, net, network)
+    assert runs.done(found, net, network)
     assert net.step == 3
     assert net.seconds["wall_seconds"] > 0
     assert net.facts is not None

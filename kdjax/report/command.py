@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from kdjax.errors import UserError
-from kdjax.report import facts, sections
+from kdjax.report import about, against, sections, worst
 from kdjax.report.card import card
 from kdjax.report.html import Html, el, page
 from kdjax.report.runs import Run, read
@@ -72,22 +72,22 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
   made = [
     sections.results(runs),
     sections.size(runs),
-    facts.differences(runs),
+    about.differences(runs),
     sections.training(runs),
     sections.calibration(runs),
   ]
   for n, run in enumerate(runs):
     for make in (
-      sections.against_teacher,
-      sections.groups,
-      sections.worst,
-      sections.samples,
+      against.against_teacher,
+      against.groups,
+      worst.worst,
+      worst.samples,
     ):
       part = make(run)
       if part is not None and not alone:
         part = sections.of_run(part, run, n)
       made.append(part)
-  made += [facts.time(runs), facts.config(runs)]
+  made += [about.time(runs), about.config(runs)]
   return [part for part in made if part is not None]
 
 
@@ -102,13 +102,13 @@ def _body(runs: Sequence[Run], parts: Sequence[Section]) -> list[Html]:
   told = [
     el("p", f"{run.name}: {line}" if len(runs) > 1 else line, class_="note")
     for run in runs
-    for line in facts.notes(run)
+    for line in about.notes(run)
   ]
   head = [
     el("h1", " · ".join(run.name for run in runs)),
     *(
       el(
-        "p", f"{run.name}: " * (len(runs) > 1), facts.about(run), class_="faint"
+        "p", f"{run.name}: " * (len(runs) > 1), about.line(run), class_="faint"
       )
       for run in runs
     ),

@@ -182,3 +182,41 @@ def _json(path: Path) -> dict[str, Any]:
       "start the training command again"
     )
   return found
+
+
+def outcomes(run: Run) -> dict[str, dict[str, list[float]]]:
+  """Network -> metric -> its value of each seed.
+
+  From results.json, and of what it does not tell (yet) the last evaluation.
+  """
+  first = int(run.config.get("seed", 0))
+  told = dict(enumerate(run.results.get("seeds", ()), first))
+  found: dict[str, dict[str, list[float]]] = {}
+  for network in run.networks:
+    values: dict[str, list[float]] = {}
+    for seed in sorted({*told, *run.seeds}):
+      measured = told.get(seed, {}).get(network)
+      if measured is None:
+        measured = _evaluated(run, seed, network)
+      for name, value in measured.items():
+        if isinstance(value, (int, float)):
+          values.setdefault(name, []).append(float(value))
+    found[network] = values
+  return found
+
+
+def _evaluated(run: Run, seed: int, network: str) -> dict[str, float]:
+  """What the last evaluation in metrics.jsonl said, if the training is done."""
+  net = run.seeds.get(seed, {}).get(network)
+  if net is None or not done(run, net, network):
+    return {}
+  return {
+    name.removeprefix("eval/"): float(rows[-1, 1])
+    for name, rows in net.metrics.items()
+    if name.startswith("eval/")
+  }
+
+
+def done(run: Run, net: Network, network: str) -> bool:
+  """Whether a network's training has come to its end."""
+  return not net.metrics or net.step >= run.steps(network)

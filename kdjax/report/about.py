@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from kdjax import examples
-from kdjax.report import charts, curves, measures
+from kdjax.report import charts, curves
 from kdjax.report.html import Html, el, join, pictures, table
-from kdjax.report.runs import Network, Run
+from kdjax.report.runs import Network, Run, done
 from kdjax.report.sections import Section, plain
 
 # figure: (heading, factor, format)
@@ -32,7 +32,7 @@ def notes(run: Run) -> list[str]:
   without, under_way = [], []
   for seed, nets in run.seeds.items():
     for network, net in nets.items():
-      if not measures.done(run, net, network):
+      if not done(run, net, network):
         under_way.append(
           f"{plain(network)} of seed {seed} at step {net.step:,} of "
           f"{run.steps(network):,}"
@@ -161,7 +161,7 @@ def config(runs: Sequence[Run]) -> Section:
   return Section("Config and versions", join(blocks))
 
 
-def about(run: Run) -> str:
+def line(run: Run) -> str:
   """The run in one line: its data, networks, goal and seeds."""
   get = run.config.get
   networks = [_network(run, side) for side in ("teacher", "student")]
