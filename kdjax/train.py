@@ -50,7 +50,7 @@ from kdjax import (
   preemption,
   processes,
   progress,
-  report,
+  results,
 )
 from kdjax.experiment import experiment, run
 from kdjax.loggers import Logger
@@ -95,10 +95,10 @@ def train(
   processes.wait_for_all("claimed")
   seeds = range(config.seed, config.seed + config.seeds)
   runs = [run(checked, workdir / f"seed_{s}", s, opens) for s in seeds]
-  results = report.summary(runs)
+  found = results.summary(runs)
   if processes.lead():
-    metrics.write_json(workdir / "results.json", results)
-  return results
+    metrics.write_json(workdir / "results.json", found)
+  return found
 
 
 def _claim(workdir: Path, config: Any) -> None:
@@ -176,13 +176,13 @@ def _run(argv: Sequence[str]) -> int:
     folder = Path(workdir).absolute() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   try:
-    results = train(config, workdir, opens)
+    found = train(config, workdir, opens)
   except errors.UserError:
     if processes.lead():
       _leave_nothing(new)
     raise
   if processes.lead():
-    print(report.table(results))
+    print(results.table(found))
   return 0
 
 

@@ -9,7 +9,7 @@ from networks import softmax
 
 from kdjax import parallel
 from kdjax.errors import UserError
-from kdjax.evaluate import finish, make_evaluate, sums
+from kdjax.evaluate import finish, make_evaluate, make_examine, sums
 
 RNG = np.random.default_rng(1)
 S, T = RNG.normal(size=(2, 40, 5)) * 2
@@ -76,6 +76,37 @@ def test_batches_and_devices_add_up():
   for got in (one(variables, frozen, parts), eight(variables, frozen, parts)):
     for name, value in want.items():
       np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_each_example_that_counts_is_told_of_once_and_in_order():
+  model, variables = networks.teacher(seed=1)
+  teacher, frozen = networks.teacher()
+  whole = networks.batch(48)
+  whole["mask"] = (np.arange(48) % 5 > 0).astype(np.float32)
+  parts = [{k: v[i : i + 16] for k, v in whole.items()} for i in (0, 16, 32)]
+  q, p = (
+    softmax(np.float64(m.apply(*v, whole, train=False)[0].logits))
+    for m, v in ((model, variables), (teacher, frozen))
+  )
+  at = np.flatnonzero(whole["mask"])[:30]
+  want = {
+    "row": at,
+    "label": whole["label"][at],
+    "guess": q.argmax(-1)[at],
+    "confidence": q.max(-1)[at],
+    "nll": -np.log(q[at, whole["label"][at]]),
+    "teacher_guess": p.argmax(-1)[at],
+    "kl": np.sum(p * np.log(p / q), -1)[at],
+  }
+  examine = make_examine(model, teacher, parallel.make_mesh(8), most=30)
+  metrics, got = examine(variables, frozen, parts)
+  assert set(got) == set(want)
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, 1e-4, 1e-6, err_msg=name)
+  # The metrics are of all.
+  counts = whole["mask"] > 0
+  nll = -np.log(q[np.arange(48), whole["label"]])[counts].mean()
+  np.testing.assert_allclose(metrics["nll"], nll, rtol=1e-5)
 
 
 def test_nothing_to_evaluate_is_an_error():

@@ -288,11 +288,15 @@ def test_evaluation_agrees_with_the_whole_logits():
   @jax.jit
   def both(student, teacher):
     whole = [dense(x)[..., :TRUE] for x in (student, teacher)]
-    want = evaluate.output_sums(whole[0], LABEL, MASK, whole[1])
+    sums = functools.partial(evaluate.output_sums, each=True)
+    want = sums(whole[0], LABEL, MASK, whole[1])
     layout = fused.Layout(chunk=4)
-    return want, evaluate.output_sums(student, LABEL, MASK, teacher, layout)
+    return want, sums(student, LABEL, MASK, teacher, layout)
 
-  close(*both(student(), teacher()))
+  (want, want_each), (got, each) = both(student(), teacher())
+  close(want, got)
+  assert set(each) == {"guess", "confidence", "nll", "teacher_guess", "kl"}
+  close(want_each, each)
 
 
 def test_what_is_refused():

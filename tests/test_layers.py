@@ -20,6 +20,7 @@ ROWS = [
     "clock",
     "flops",
     "health",
+    "examples",
     "hlo",
     "lora",
     "optimizers",
@@ -46,10 +47,10 @@ ROWS = [
   {"goodput", "loggers", "opening"},
   {"stepping"},
   {"loop"},
-  {"config", "report"},
+  {"config", "results"},
   {"experiment"},
   {"train", "scaling"},
-  {"export", "__main__"},
+  {"export", "report", "__main__"},
 ]
 
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import tfds_folder
 
-from kdjax import adapters, checkpoint, errors, models, parallel, train
+from kdjax import (
+  adapters,
+  checkpoint,
+  data,
+  errors,
+  examples,
+  models,
+  parallel,
+  train,
+)
+from kdjax.report import measures, runs
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -119,6 +129,42 @@ def check_finished(workdir, shown):
   assert results["teacher"]["kl"] == 0
 
 
+def test_the_facts_of_the_examples_come_to_the_results(finished, data_dir):
+  results = json.loads((finished / "results.json").read_text())
+  for network in ("teacher", "student_alone", "student_distilled"):
+    facts = examples.read(finished / "seed_0" / network / examples.NAME)
+    assert facts["row"].tolist() == list(range(297))
+    found = {
+      "accuracy": (facts["guess"] == facts["label"]).mean(),
+      "agreement": (facts["guess"] == facts["teacher_guess"]).mean(),
+      "nll": facts["nll"].mean(),
+      "kl": facts["kl"].mean(),
+      "ece": measures.calibration([facts]).ece,
+    }
+    for name, value in found.items():
+      np.testing.assert_allclose(
+        value, results[network][name], rtol=1e-4, atol=1e-6, err_msg=name
+      )
+    worst = int(np.argmax(facts["kl" if "student" in network else "nll"]))
+    source = data.load("digits", "test", data_dir=data_dir)
+    assert (facts[f"image_{worst}"] == source.examples[worst]["image"]).all()
+
+
+def test_a_report_reads_what_a_run_writes(finished):
+  (found,) = runs.read([finished])
+  results = json.loads((finished / "results.json").read_text())
+  for network, values in runs.outcomes(found).items():
+    assert {m: x for m, (x,) in values.items()} == results[network]
+    (net,) = found.of(network)
+    assert runs.done(found, net, network)
+    assert net.step == 3
+    assert net.seconds["wall_seconds"] > 0
+    assert net.facts is not None
+    np.testing.assert_allclose(
+      net.last("eval/nll"), results[network]["nll"], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
   "config", ["cifar100", pytest.param("imagenet", marks=pytest.mark.slow)]
 )
@@ -156,7 +202,7 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
   teacher = finished / "seed_0" / "teacher"
   named = f"--config.teacher.checkpoint={teacher}"
   assert run("digits.py:smoke", tmp_path, data_dir, named) == 0
-  assert not (tmp_path / "seed_0" / "teacher").exists()
+  assert not (tmp_path / "seed_0" / "teacher" / "checkpoints").exists()
   a, b = (
     json.loads((folder / "results.json").read_text())
     for folder in (finished, tmp_path)

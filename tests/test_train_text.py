@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import checkpoint, export, parallel, train
+from kdjax import checkpoint, examples, export, parallel, train
 from kdjax.data import text
 from kdjax.data.text import corpus
 from kdjax.models.decoder import architecture
@@ -153,6 +153,26 @@ def test_three_networks_are_trained_and_compared(finished):
   ((prompt, written),) = results["seeds"][0]["student_distilled"]["samples"]
   assert prompt == "def read(self, size"
   assert written
+
+
+def test_the_facts_of_the_tokens_come_to_the_results(finished, data_dir):
+  results = json.loads((finished / "results.json").read_text())
+  documents = corpus.documents("test", data_dir=data_dir)
+  for network in NETWORKS:
+    facts = examples.read(finished / "seed_0" / network / examples.NAME)
+    assert len(facts["nll"]) < examples.MOST  # so they are all
+    for name in ("nll", "kl"):
+      np.testing.assert_allclose(
+        facts[name].mean(), results[network][name], rtol=1e-4, atol=1e-6
+      )
+    right = (facts["guess"] == facts["label"]).mean()
+    np.testing.assert_allclose(right, results[network]["accuracy"], rtol=1e-4)
+    # The labels of the first rows are the beginning of the first document.
+    text_of = dict(zip(facts["ids"].tolist(), facts["texts"].tolist()))
+    labels = facts["label"][facts["row"] < 2].tolist()
+    begins = "".join(text_of[label] for label in labels)
+    assert len(begins) > 64
+    assert documents.examples[0].startswith(begins)
 
 
 def test_bits_per_byte_are_those_of_the_held_out_bytes(finished):

@@ -144,7 +144,10 @@ def _open(name: str, split: str, builder: Any) -> Source:
   labels = builder.as_data_source(split=split, decoders=skip)
   examples[0]  # TFDS tells how it decodes with the first image: here, unheard
   shape = tuple(features["image"].shape)
-  return Source(examples, _Labels(labels), num_classes, shape, name, split)
+  names = tuple(label.names)  # pyright: ignore
+  return Source(
+    examples, _Labels(labels), num_classes, shape, name, split, names
+  )
 
 
 def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:

@@ -28,6 +28,7 @@ class Source:
     name: what messages call the dataset.
     split: what messages call the part of it.
     logits: position -> a teacher's [classes], where they came with the images.
+    class_names: what the classes are called, if known.
   """
 
   examples: RandomAccess
@@ -37,6 +38,7 @@ class Source:
   name: str
   split: str
   logits: RandomAccess | None = None
+  class_names: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.examples)

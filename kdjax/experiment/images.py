@@ -14,10 +14,12 @@ from kdjax import (
   data,
   errors,
   evaluate,
+  examples,
   losses,
   models,
   objective,
   parallel,
+  processes,
   simkd,
 )
 from kdjax.experiment import phases
@@ -48,7 +50,7 @@ class ImageExperiment:
       data.check_labels(part)
     if c.labelled:
       data.labelled_mask(source, c.labelled, seed=config.seed)
-    self.source = source
+    self.source, self.held_out = source, held_out
     channels = int(source.image_shape[-1] or 0)
     self.teacher, self.student = (
       configuration.model(network, source.num_classes, channels)
@@ -160,7 +162,7 @@ class ImageExperiment:
 
   def measure(
     self, phase: str, variables: Variables, frozen: PyTree
-  ) -> dict[str, float]:
+  ) -> tuple[dict[str, float], examples.Facts]:
     """Size, cost and quality of a phase's network on the held-out images."""
     network = {
       "teacher": lambda: self.teacher,
@@ -170,17 +172,26 @@ class ImageExperiment:
     if network not in self.evaluators:
       side = "teacher" if phase == "teacher" else "student"
       ours, theirs = self.partition[side], self.partition["teacher"]
-      self.evaluators[network] = evaluate.make_evaluate(
+      self.evaluators[network] = evaluate.make_examine(
         parallel.gathered(network, self.mesh, ours),
         parallel.gathered(self.teacher, self.mesh, theirs),
         self.mesh,
+        most=examples.MOST,
       )
+    examine = self.evaluators[network]
+    metrics, facts = examine(variables, frozen, self.eval_batches)
     deployed = simkd.deployed(variables)
-    return {
+    found = {
       "parameters": evaluate.num_parameters(deployed),
       "flops": evaluate.flops_per_example(network, variables, self.example),
-      **self.evaluators[network](variables, frozen, self.eval_batches),
+      **metrics,
     }
+    if not processes.lead():
+      return found, facts
+    source = self.held_out
+    return found, examples.with_images(
+      facts, source.examples, source.class_names
+    )
 
   def _goal(self, student: Model, frozen: PyTree) -> objective.Objective:
     """The objective, its taps chosen from those that the networks have."""

@@ -12,6 +12,7 @@ import kdjax.config as configuration
 from kdjax import (
   checkpoint,
   errors,
+  examples,
   loggers,
   objective,
   parallel,
@@ -34,7 +35,8 @@ class Experiment(Protocol):
     loaded: the teacher's variables, None where it is to be trained.
     train: trains the network of a phase, from where it was.
     stored: the teacher's variables as the student's phases read them.
-    measure: what a phase's network comes to on held-out data.
+    measure: what a phase's network comes to on held-out data, in all and on
+      each example.
   """
 
   config: Any
@@ -53,7 +55,7 @@ class Experiment(Protocol):
 
   def measure(
     self, phase: str, variables: Variables, frozen: PyTree
-  ) -> dict[str, Any]: ...
+  ) -> tuple[dict[str, Any], examples.Facts]: ...
 
 
 def run(
@@ -78,20 +80,24 @@ def run(
     with loggers.opened(needed, inside, config.to_dict()) as on_metrics:
       return experiment.train(phase, inside, seed, frozen, on_metrics)
 
-  def measure(phase: str, variables: Variables) -> dict[str, Any]:
+  measured = {}
+
+  def measure(phase: str, name: str, variables: Variables) -> None:
     quiet = not processes.lead()
     with progress.at(f"{phase} (seed {seed})", "measuring", quiet=quiet):
-      return experiment.measure(phase, variables, frozen)
+      measured[name], facts = experiment.measure(phase, variables, frozen)
+    if processes.lead():
+      examples.write(folder / name / examples.NAME, facts)
 
   frozen = experiment.loaded
   if frozen is None:
     frozen = train("teacher", "teacher")
   frozen = experiment.stored(frozen)
-  measured = {"teacher": measure("teacher", frozen)}
+  measure("teacher", "teacher", frozen)
   for phase in ("alone", "distilled"):
     if experiment.config.phases[phase].steps:
       name = f"student_{phase}"
-      measured[name] = measure(phase, train(phase, name, frozen))
+      measure(phase, name, train(phase, name, frozen))
   return measured
 
 

@@ -14,7 +14,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
-from kdjax import adapters, evaluate, lora, losses, parallel, processes
+from kdjax import (
+  adapters,
+  evaluate,
+  examples,
+  lora,
+  losses,
+  parallel,
+  processes,
+)
 from kdjax.data import text
 from kdjax.experiment import phases
 from kdjax.generate import generate
@@ -145,21 +153,23 @@ class TextExperiment:
 
   def measure(
     self, phase: str, variables: Variables, frozen: PyTree
-  ) -> dict[str, Any]:
+  ) -> tuple[dict[str, Any], examples.Facts]:
     """Size, cost, quality on the held-out texts, and what it writes."""
     side = _side(phase)
     if side not in self.evaluators:
       other = None if self.by_spans else self.teacher
-      self.evaluators[side] = evaluate.make_evaluate(
-        self.models[side], other, self.mesh, self.layout
+      self.evaluators[side] = evaluate.make_examine(
+        self.models[side], other, self.mesh, self.layout, most=examples.MOST
       )
     flops = flops_per_token(self.made.nets[side], self.lengths[side])
+    batches = self._eval_batches(side)
+    metrics, facts = self.evaluators[side](variables, frozen, batches)
     return {
       "parameters": evaluate.num_parameters(variables[0]),
       "flops_per_token": flops,
-      **self.evaluators[side](variables, frozen, self._eval_batches(side)),
+      **metrics,
       "samples": self._samples(side, variables),
-    }
+    }, examples.with_texts(facts, self.made.reads[side].decode)
 
   def _read_texts(self) -> None:
     """The tokens of both sides: the same where one tokenizer reads for both."""

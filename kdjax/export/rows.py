@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kdjax import report
+from kdjax import results
 from kdjax.export import serving
 
 
@@ -71,7 +71,7 @@ def table(rows: Sequence[Exported]) -> str:
       ]
     )
   calls = " and ".join(dict.fromkeys(str(r.latency.calls) for r in rows))
-  lines = report.aligned(cells)
+  lines = results.aligned(cells)
   lines.append(
     f"ms: median of {calls} calls on {serving.device()}, {unit.call}"
   )

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 
+from kdjax import processes
+
 NETWORKS = ("teacher", "student_alone", "student_distilled")
 # metric: (heading, factor, format)
-_COLUMNS = {
+COLUMNS = {
   "parameters": ("parameters", 1, ",.0f"),
   "flops": ("MFLOP/example", 1e-6, ".2f"),
   "flops_per_token": ("MFLOP/token", 1e-6, ".2f"),
@@ -36,7 +38,7 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
   values = {
     network: {
       m: [run[network][m] for run in runs]
-      for m in _COLUMNS
+      for m in COLUMNS
       if m in runs[0][network]
     }
     for network in there
@@ -46,7 +48,7 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
     for network, metrics in values.items()
   }
   results["stderr"] = {
-    network: {m: _stderr(v) for m, v in metrics.items()}
+    network: {m: stderr(v) for m, v in metrics.items()}
     for network, metrics in values.items()
   }
   if {"student_alone", "student_distilled"} <= set(there):
@@ -56,18 +58,22 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
       gains = [ours - alone for ours, alone in pairs]
       results["gain"][m] = {
         "mean": statistics.fmean(gains),
-        "stderr": _stderr(gains),
+        "stderr": stderr(gains),
       }
   return results | {
     "seeds": list(runs),
-    "versions": {"jax": jax.__version__, "backend": jax.default_backend()},
+    "versions": {
+      **processes.versions(),
+      "backend": jax.default_backend(),
+      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    },
   }
 
 
 def table(results: dict[str, Any]) -> str:
   """A row a network, a column a metric; ± is one standard error."""
   measured = set().union(*results["stderr"].values())
-  columns = {m: _COLUMNS[m] for m in _COLUMNS if m in measured}
+  columns = {m: COLUMNS[m] for m in COLUMNS if m in measured}
   rows = [["", *(heading for heading, _, _ in columns.values())]]
   for network, errors in results["stderr"].items():
     row = [network.replace("_", " ")]
@@ -128,7 +134,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
   return lines
 
 
-def _stderr(values: Sequence[float]) -> float | None:
+def stderr(values: Sequence[float]) -> float | None:
   if len(values) < 2:
     return None
   return statistics.stdev(values) / len(values) ** 0.5
