@@ -27,8 +27,8 @@ class Source:
     image_shape: (H, W, C), with None where the images differ.
     name: what messages call the dataset.
     split: what messages call the part of it.
-    logits: position -> a teacher's [classes], where they came with the images.
     class_names: what the classes are called, if known.
+    logits: position -> a teacher's [classes], where they came with the images.
   """
 
   examples: RandomAccess
@@ -37,8 +37,8 @@ class Source:
   image_shape: tuple[int | None, ...]
   name: str
   split: str
-  logits: RandomAccess | None = None
   class_names: tuple[str, ...] = ()
+  logits: RandomAccess | None = None
 
   def __len__(self) -> int:
     return len(self.examples)
