@@ -1,7 +1,9 @@
 """The texts: their Python runs, their commands parse, what they name exists."""
 
+import json
 import re
 import shlex
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -105,6 +107,24 @@ def lines():
     for _, block in blocks(read(name), "")
     for line in block.replace("\\\n", " ").splitlines()
   ]
+
+
+def test_what_losses_gained_is_what_was_measured():
+  pages = [
+    json.loads(read(f"docs/results/{name}.json"))["rows"]
+    for name in ("digits_logits", "digits")
+  ]
+  measured = pages[0] | pages[1]  # of both, the page of all methods
+  rows = [*rows_of("loss"), *rows_of("activation loss")]
+  for row in rows:
+    name = next(iter(row.values())).strip("` *")
+    told = row["digits %"]
+    if name not in measured:
+      assert told == "–", name
+      continue
+    values = [100 * x for x in measured[name]["accuracy"]]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    assert told == f"{statistics.fmean(values):.1f} ± {error:.1f}", name
 
 
 def commands():
