@@ -105,39 +105,36 @@ def term(name: str, weight: float, base: dict[str, Any] = HARD, **arguments):
   return Method({**base, "terms": {"method": entry}}, weight)
 
 
-def soft(name: str, temperature: float, **weights: float) -> Method:
-  weights = weights or {"alpha": 0.1}
-  return Method({**weights, "soft": {"name": name}}, temperature)
+def soft(
+  name: str,
+  temperature: float,
+  weights: tuple[float, float] | None = None,
+  **arguments: float,
+) -> Method:
+  """A soft loss, its weights those of the labels and of the teacher."""
+  parts = dict(zip(("hard_weight", "soft_weight"), weights or ()))
+  entry = {"name": name, **arguments}
+  return Method({**(parts or {"alpha": 0.1}), "soft": entry}, temperature)
 
 
 # The centre is the authors' weight where their scale is this library's.
 METHODS: dict[str, Method] = {
   "kl": Method(KD, 4.0),
   "reverse_kl": soft("reverse_kl", 4.0),
-  "jsd": Method(dict(alpha=0.1, soft=dict(name="jsd", mix=0.5)), 4.0),
-  "kl, zscore": Method(
-    dict(hard_weight=0.1, soft_weight=9.0, soft=dict(name="kl", zscore=True)),
-    2.0,
-  ),
-  "dkd": Method(
-    dict(
-      hard_weight=1.0,
-      soft_weight=1.0,
-      soft=dict(name="dkd", target_weight=1.0, nontarget_weight=8.0),
-    ),
-    4.0,
-  ),
-  "nkd": soft("nkd", 1.0, hard_weight=1.0, soft_weight=1.0),
-  "dist": soft("dist", 1.0, hard_weight=1.0, soft_weight=2.0),
+  "jsd": soft("jsd", 4.0, mix=0.5),
+  "kl, zscore": soft("kl", 2.0, (0.1, 9.0), zscore=True),
+  "dkd": soft("dkd", 4.0, (1.0, 1.0), target_weight=1.0, nontarget_weight=8.0),
+  "nkd": soft("nkd", 1.0, (1.0, 1.0)),
+  "dist": soft("dist", 1.0, (1.0, 2.0)),
   "logit_mse": soft("logit_mse", 1.0),
   "jeffreys": soft("jeffreys", 4.0),
   "skew_kl": soft("skew_kl", 4.0),
   "skew_reverse_kl": soft("skew_reverse_kl", 4.0),
   "total_variation": soft("total_variation", 4.0),
   "alpha_beta": soft("alpha_beta", 4.0),
-  "multi_level": soft("multi_level", 4.0, hard_weight=1.0, soft_weight=1.0),
-  "ttm": soft("ttm", 10.0, hard_weight=1.0, soft_weight=45.0),
-  "wttm": soft("wttm", 5.0, hard_weight=1.0, soft_weight=4.0),
+  "multi_level": soft("multi_level", 4.0, (1.0, 1.0)),
+  "ttm": soft("ttm", 1.0, (1.0, 45.0), exponent=0.1),
+  "wttm": soft("wttm", 1.0, (1.0, 4.0), exponent=0.2),
   "hint": term("hint", 10.0, **LAST, projector=LINEAR),
   "attention_transfer": term("attention_transfer", 1000.0, **MAPS),
   "nst": term("nst", 50.0, **MAPS),
@@ -184,9 +181,7 @@ METHODS: dict[str, Method] = {
   "kl + hint": term("hint", 10.0, KD, **LAST, projector=LINEAR),
   "kl + review": term("review", 1.0, KD, **MAPS, mid_channels=32),
   "kl + crd": term("crd", 0.8, KD, **POOLED, num_negatives=256),
-  "teacher_free": Method(
-    dict(alpha=0.1, soft=dict(name="teacher_free", correct=0.9)), 20.0
-  ),
+  "teacher_free": soft("teacher_free", 20.0, correct=0.9),
 }
 
 

@@ -60,6 +60,15 @@ def test_every_method_fits_the_smallest_pair(method, data_dir):
   assert len(names) > 1
 
 
+@pytest.mark.parametrize(("method", "exponent"), [("ttm", 0.1), ("wttm", 0.2)])
+def test_ttm_softens_the_teacher_alone(method, exponent):
+  """The authors' exponent is 1 / T of their teacher; their student's T is 1."""
+  soft = config.goal(PAIR.get_config(f"resnet56-resnet20,{method}")).terms[1]
+  assert soft.name == "soft"
+  assert [t(0) for t in soft.temperatures] == [1.0]
+  assert soft.hparams["exponent"] == exponent
+
+
 @pytest.mark.parametrize(
   "name",
   sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("imagenet/*.py")),

@@ -114,8 +114,11 @@ def methods(student: str, teacher: str) -> dict:
     "dist": soft(name="dist") | dict(temperature=4.0),
     "zscore": soft(name="kl", zscore=True)
     | dict(hard_weight=0.1, soft_weight=9.0, temperature=2.0),
-    "ttm": soft(name="ttm") | dict(soft_weight=45.0, temperature=10.0),
-    "wttm": soft(name="wttm") | dict(soft_weight=4.0, temperature=5.0),
+    # The exponent softens the teacher alone; the student's T is 1.
+    "ttm": soft(name="ttm", exponent=0.1)
+    | dict(soft_weight=45.0, temperature=1.0),
+    "wttm": soft(name="wttm", exponent=0.2)
+    | dict(soft_weight=4.0, temperature=1.0),
     "hint": beside_labels(
       hint=dict(
         name="hint",
