@@ -10,13 +10,20 @@ from absl import flags
 from kdjax import errors
 
 
-def run(argv: Sequence[str], text: str | None, body: Callable[[], int]) -> int:
+def run(
+  argv: Sequence[str],
+  text: str | None,
+  body: Callable[[], int],
+  *,
+  stopped: str = "stopped",
+) -> int:
   """`body()`, unless help is asked for; the exit code.
 
   Args:
     argv: the program's name, and its arguments.
     text: what --help shows.
     body: all that the command does.
+    stopped: what is said after Ctrl-C.
   """
   # Orbax and TFDS tell of their progress in the log.
   logging.getLogger().setLevel(logging.ERROR)
@@ -30,7 +37,7 @@ def run(argv: Sequence[str], text: str | None, body: Callable[[], int]) -> int:
     print(f"kdjax: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("kdjax: stopped", file=sys.stderr)
+    print(f"kdjax: {stopped}", file=sys.stderr)
     return 130
 
 
@@ -72,8 +79,8 @@ def _told(error: BaseException) -> str:
     return "; ".join([f"the config has no key {key}", *hint])
   if isinstance(error, flags.Error) and "Traceback" not in str(error):
     return errors.in_line(str(error))
-  while cause := error.__cause__ or error.__context__:
-    error = cause
+  while "Traceback" in str(error) and (inner := error.__context__):
+    error = inner  # what failed in the config, without the text of its trace
   if isinstance(error, errors.UserError):
     return str(error)
   return errors.told(error)

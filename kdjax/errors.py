@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -34,13 +35,21 @@ def in_line(text: str) -> str:
 
 
 def told(error: BaseException) -> str:
-  """An exception of a user's own code: its class, text, file and line."""
+  """An exception of a user's own code: its class, text, file and line.
+
+  The line is the last one that is not a library's.
+  """
   text = in_line(str(error))
   said = type(error).__name__ + (f": {text}" if text else "")
   if isinstance(error, SyntaxError):  # has its place in its text
     return said
   frames = traceback.extract_tb(error.__traceback__)
-  known = [frame for frame in frames if "<frozen" not in frame.filename]
+  libraries = [sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")]
+  known = [
+    frame
+    for frame in frames
+    if not frame.filename.startswith(("<frozen", *libraries))
+  ]
   if not known:
     return said
   return f"{said} ({Path(known[-1].filename).name}, line {known[-1].lineno})"

@@ -15,6 +15,7 @@ from kdjax import checkpoint
 
 HERE = Path(__file__).parent
 WORKER = HERE / "checkpoint_worker.py"
+pytestmark = pytest.mark.alone
 
 
 def start(job, folders, devices, shape):

@@ -16,6 +16,7 @@ import pytest
 import tensorstore as ts
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.alone
 KILLS = int(os.environ.get("KDJAX_KILLS", "5"))
 STEPS, SEEDS = 40, 2
 PHASES = [

@@ -294,6 +294,14 @@ def test_a_logger_that_does_not_exist_is_told(name, says):
   assert says in str(told.value)
 
 
+def test_the_line_that_is_named_is_the_users_own():
+  def fails(step, metrics):
+    json.loads("{")
+
+  with pytest.raises(UserError, match=r"JSONDecodeError.*\(test_loggers.py, l"):
+    loggers.guarded(fails)(1, {})
+
+
 def test_a_logger_by_its_name():
   assert loggers.named("contextlib:suppress") is contextlib.suppress
 

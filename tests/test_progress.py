@@ -88,6 +88,17 @@ def test_what_takes_long_between_steps_is_named(columns):
   assert file.screen() == ["a note", ""]  # nothing stays of no steps
 
 
+def test_nothing_of_a_longer_line_stays(columns):
+  file, clock = Terminal(), Clock()
+  bar = Progress("a", 8, clock, file=file)
+  with clock.at("steps"):
+    bar.update(8, 0.5)
+  with clock.at("evaluation"):
+    bar._draw()
+    assert file.screen() == ["a  evaluation 0:00"]
+  bar.close()
+
+
 def test_the_line_is_drawn_again_where_nothing_happens(columns, monkeypatch):
   file = Terminal()
   drawn = []

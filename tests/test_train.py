@@ -290,7 +290,7 @@ def test_a_start_killed_before_its_config_was_whole_goes_on(
 def test_a_refused_start_leaves_what_was_there_and_nothing_else(
   tmp_path, data_dir, monkeypatch
 ):
-  def refuse(config, workdir):
+  def refuse(config, workdir, opens):
     (Path(workdir) / "compiled").mkdir(parents=True, exist_ok=True)
     (Path(workdir) / "compiled" / "program").touch()
     raise errors.UserError("no")
@@ -517,7 +517,7 @@ LINEAR = dict(projector=dict(name="linear"))
       "memory bank of 100 rows is smaller than the dataset's 1200 examples",
     ),
     (
-      ["c.phases.distilled.optimizer |= dict(name='dot', clip=1.0)"],
+      [MULTI_LEVEL[-1].replace("clip=0.0", "clip=1.0")],
       "phases.distilled.optimizer",
     ),
     (["c.student.drop_head = True"], "drop_head is set and there is no check"),

@@ -81,7 +81,8 @@ def _check_free(output: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  return commands.run(argv, __doc__, lambda: _run(argv))
+  stopped = "stopped, nothing is written"
+  return commands.run(argv, __doc__, lambda: _run(argv), stopped=stopped)
 
 
 def _run(argv: Sequence[str]) -> int:

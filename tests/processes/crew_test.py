@@ -13,6 +13,7 @@ from kdjax import launch
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "processes" / "worker.py"
+pytestmark = pytest.mark.alone
 
 
 class Run:

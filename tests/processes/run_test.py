@@ -16,6 +16,7 @@ from kdjax import launch
 ROOT = Path(__file__).parents[2]
 WORKER = str(ROOT / "tests" / "processes" / "worker.py")
 STEPS = 12  # the worker's
+pytestmark = pytest.mark.alone
 
 
 def launched(command, processes, devices=2):
