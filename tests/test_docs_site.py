@@ -230,3 +230,14 @@ def test_a_list_in_a_paragraph_gets_its_gap(docstrings):
     "Touch two:\n  1. this,\n     and more;\n  2. that."
   )
   assert made == "Touch two:\n\n1. this,\n   and more;\n2. that."
+
+
+def test_two_columns_are_definitions(docstrings):
+  made = docstrings.markdown(
+    "Metrics.\n\naccuracy  share of those\n          that are right\n"
+    "nll       nats"
+  )
+  assert made == (
+    "Metrics.\n\n`accuracy`\n:   share of those\n    that are right\n\n"
+    "`nll`\n:   nats"
+  )
