@@ -24,7 +24,7 @@ TITLES = {
 }
 _HEAD = re.compile(rf"^({'|'.join(TITLES)}):(?: (.*))?$")
 _ITEM = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*): *(.*)$")
-_ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5})")
+_ARXIV = re.compile(r"\b(?:arXiv |arxiv\.org/abs/)(\d{4}\.\d{4,5})")
 _DOI = re.compile(r"\bdoi (10\.\d{4,}/[^\s,;)]*[^\s,;).])")
 
 
