@@ -225,8 +225,26 @@ def test_the_language_of_an_indented_block(docstrings, code, language):
   assert made == f"Says:\n\n```{language}\n{code}\n```\n\nand more."
 
 
+def test_papers_are_links(docstrings):
+  link = "[arXiv 1710.09412](https://arxiv.org/abs/1710.09412)"
+  for said in ("arXiv 1710.09412", "arxiv.org/abs/1710.09412"):
+    assert docstrings.markdown(f"See {said}, and x.") == f"See {link}, and x."
+    assert docstrings.markdown(f"See `{said}`.") == f"See `{said}`."
+
+
 def test_a_list_in_a_paragraph_gets_its_gap(docstrings):
   made = docstrings.markdown(
     "Touch two:\n  1. this,\n     and more;\n  2. that."
   )
   assert made == "Touch two:\n\n1. this,\n   and more;\n2. that."
+
+
+def test_two_columns_are_definitions(docstrings):
+  made = docstrings.markdown(
+    "Metrics.\n\naccuracy  share of those\n          that are right\n"
+    "nll       nats"
+  )
+  assert made == (
+    "Metrics.\n\n`accuracy`\n:   share of those\n    that are right\n\n"
+    "`nll`\n:   nats"
+  )

@@ -1,5 +1,7 @@
 """The texts: their Python runs, their commands parse, what they name exists."""
 
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -20,6 +22,13 @@ TEXTS = [
   *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 RUN = "python -m kdjax.train "
+# Where the text of each command's --help is.
+HELP = {
+  "train": "kdjax.train",
+  "launch": "kdjax.launch",
+  "export": "kdjax.export.command",
+  "scaling": "kdjax.scaling",
+}
 
 
 def read(name):
@@ -147,6 +156,17 @@ def test_commands_name_configs_and_keys_that_exist(name, command, monkeypatch):
   assert given.workdir.startswith("runs/")
   config.check_keys(given.config)
   config.goal(given.config)
+
+
+def test_commands_have_flags_that_exist():
+  found = set()
+  for name, line in lines():
+    for module, rest in re.findall(r"python -m kdjax\.(\w+) ([^#]*)", line):
+      help_text = inspect.getdoc(importlib.import_module(HELP[module])) or ""
+      for flag in re.findall(r"(?<!\S)--([a-z_]+)=", rest.split(" -- ")[0]):
+        assert f"--{flag}" in help_text, (name, line)
+        found.add((module, flag))
+  assert {("export", "format"), ("scaling", "topology")} <= found
 
 
 def test_the_two_first_commands():

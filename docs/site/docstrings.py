@@ -24,7 +24,7 @@ TITLES = {
 }
 _HEAD = re.compile(rf"^({'|'.join(TITLES)}):(?: (.*))?$")
 _ITEM = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*): *(.*)$")
-_ARXIV = re.compile(r"\barXiv (\d{4}\.\d{4,5})")
+_ARXIV = re.compile(r"\b(?:arXiv |arxiv\.org/abs/)(\d{4}\.\d{4,5})")
 _DOI = re.compile(r"\bdoi (10\.\d{4,}/[^\s,;)]*[^\s,;).])")
 
 
@@ -84,12 +84,30 @@ def _section(title: str, body: str) -> str:
   listed = items(body) if title in ("Args", "Attributes", "Raises") else []
   if not listed:
     return f"**{TITLES[title]}:** {_inline(body)}"
-  rows = [
-    f"{', '.join(f'`{name}`' for name in names)}\n:   "
-    + textwrap.indent(_inline(text), "    ").lstrip()
-    for names, text in listed
-  ]
-  return f"**{TITLES[title]}:**\n\n" + "\n\n".join(rows)
+  rows = [(", ".join(f"`{n}`" for n in names), text) for names, text in listed]
+  return f"**{TITLES[title]}:**\n\n{_definitions(rows)}"
+
+
+def _definitions(rows: list[tuple[str, str]]) -> str:
+  return "\n\n".join(
+    f"{name}\n:   {textwrap.indent(_inline(text), '    ').lstrip()}"
+    for name, text in rows
+  )
+
+
+def _columns(block: str) -> list[tuple[str, str]]:
+  """(name, text) of each row where names and texts stand in two columns."""
+  rows: list[tuple[str, str]] = []
+  for line in block.splitlines():
+    row = re.match(r" {0,2}([\w.]+) {2,}(\S.*)$", line)
+    if row:
+      rows.append((row[1], row[2]))
+    elif rows and line.startswith("    "):
+      name, text = rows[-1]
+      rows[-1] = name, f"{text}\n{line.strip()}"
+    else:
+      return []
+  return rows
 
 
 def _text(body: str) -> str:
@@ -111,6 +129,8 @@ def _text(body: str) -> str:
 
 def _paragraph(block: str) -> str:
   """A list may follow its first line at once; Markdown wants a gap."""
+  if rows := _columns(block):
+    return _definitions([(f"`{name}`", text) for name, text in rows])
   lines = _inline(block).splitlines()
   for n, line in enumerate(lines):
     if re.match(r" *(?:\d+\.|-) ", line):
