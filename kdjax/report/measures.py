@@ -53,6 +53,8 @@ def calibration(seeds: Sequence[Facts]) -> Bins:
   """Guo et al. 2017, section 2: how often is it right that is so confident."""
   confidence = together(seeds, "confidence").astype(np.float64)
   right = together(seeds, "guess") == together(seeds, "label")
+  known = np.isfinite(confidence)
+  confidence, right = confidence[known], right[known]
   # In float32, as the evaluation does: a bin's end belongs to it.
   scaled = confidence.astype(np.float32) * np.float32(NUM_BINS)
   bins = np.ceil(scaled).astype(int) - 1

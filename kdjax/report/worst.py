@@ -67,7 +67,7 @@ def _worst_images(facts: Facts) -> Html:
 def _worst_texts(facts: Facts) -> Html:
   known = dict(zip(facts["ids"].tolist(), facts["texts"].tolist()))
   value = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
-  most = max(float(np.quantile(value, 0.99)), 1e-9)
+  most = max(float(np.nanquantile(value, 0.99)), 1e-9)
   scale = el(
     "p",
     *(
