@@ -135,9 +135,8 @@ def _who(bars: Sequence[Bar], theme: Theme) -> list[Line2D]:
     colour = theme.faint if several else theme.lines[look]
     mark, label = _mark(network), network.replace("_", " ")
     made.append(Line2D([], [], color=colour, marker=mark, ls="", label=label))
-  for run, look in (
-    {bar.run: bar.look for bar in bars}.items() if several else ()
-  ):
+  runs = {bar.run: bar.look for bar in bars} if several else {}
+  for run, look in runs.items():
     colour = theme.lines[look % len(theme.lines)]
     made.append(Line2D([], [], color=colour, lw=5, label=run))
   return made
