@@ -132,6 +132,7 @@ def test_tokens_are_escaped_and_sums_of_kinds_are_shown(tmp_path, undrawn):
   page = page_of(folder)
   assert "<b>&" in page.words
   assert "&lt;b&gt;&amp;" in page.whole
+  assert "i" not in page.tags
   assert "Kinds of tokens" in page.words
   assert "Worst stretches of text" in page.words
   assert re.search(r'title="KL [\d.]+, NLL [\d.]+; student: ', page.whole)
