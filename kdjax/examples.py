@@ -32,6 +32,7 @@ MOST = 50_000
 _WORST = 24  # images kept
 _SIDE = 96  # pixels of their longer side, at most
 _LETTERS = 24  # of a token
+_ROUNDING = 1e-6  # of a KL that is 0
 
 Facts = Mapping[str, np.ndarray]
 
@@ -65,14 +66,21 @@ def read(path: Path) -> dict[str, np.ndarray] | None:
     ) from error
 
 
-def worst_first(facts: Facts) -> np.ndarray:
-  """Positions, those farthest from the teacher first.
+def badness(facts: Facts) -> tuple[str, np.ndarray]:
+  """What examples are ranked by, and its values in nats.
 
-  Where no example is (a teacher from itself), or none is known to be, those
-  whose label the network finds least likely.
+  The KL from the teacher; where none is (a teacher's from itself), or none is
+  known, the NLL.
   """
-  by = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
-  return np.argsort(-by, kind="stable")
+  kl = facts.get("kl", np.zeros(1))
+  if np.nanmax(kl) > _ROUNDING:
+    return "KL from the teacher", kl
+  return "NLL", facts["nll"]
+
+
+def worst_first(facts: Facts) -> np.ndarray:
+  """Positions, by `badness`."""
+  return np.argsort(-badness(facts)[1], kind="stable")
 
 
 def with_images(

@@ -45,7 +45,7 @@ def facts(seed=0, size=60, classes=4, teacher=True, **more):
   return found | more
 
 
-TEXTS = np.array(["def", " x", "=", "1", "\n", "<b>&"])
+TEXTS = np.array(["def", " x", "=", "1", "\n", "<b>&", '"><i>'])
 
 
 def text_facts(seed=0, size=60, **more):

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kdjax import losses, parallel, term_inputs, totals
+from kdjax import evaluate, losses, parallel, term_inputs, totals
 from kdjax.errors import UserError
 from kdjax.losses import fused
 from kdjax.objective import Objective, Term, hinton
@@ -241,3 +241,23 @@ def test_term_that_reads_the_logits_as_a_tap_is_refused():
   output = Output(STUDENT)
   with pytest.raises(UserError, match=r"tap 'logits', and the head is not"):
     term_inputs.activation(output, "logits")
+
+
+def test_what_is_said_of_each_token_has_its_place_on_a_mesh():
+  label, mask = BATCH["label"], BATCH["mask"]
+  layout = fused.over(mesh())._replace(chunk=2)
+  of_each = functools.partial(evaluate.output_sums, each=True)
+
+  @jax.jit
+  def both(student, teacher):
+    whole = [dense(x)[..., :90] for x in (student, teacher)]
+    return (
+      of_each(whole[0], label, mask, whole[1])[1],
+      of_each(student, label, mask, teacher, layout)[1],
+    )
+
+  want, got = both(STUDENT, TEACHER)
+  assert set(got) == {"guess", "confidence", "nll", "teacher_guess", "kl"}
+  for name, value in want.items():
+    assert got[name].shape == TOKENS
+    np.testing.assert_allclose(got[name], value, 1e-4, 1e-6, err_msg=name)

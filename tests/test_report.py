@@ -132,9 +132,21 @@ def test_tokens_are_escaped_and_sums_of_kinds_are_shown(tmp_path, undrawn):
   page = page_of(folder)
   assert "<b>&" in page.words
   assert "&lt;b&gt;&amp;" in page.whole
+  assert "i" not in page.tags
   assert "Kinds of tokens" in page.words
   assert "Worst stretches of text" in page.words
   assert re.search(r'title="KL [\d.]+, NLL [\d.]+; student: ', page.whole)
+
+
+def test_texts_whose_teacher_reads_other_tokens(tmp_path, undrawn):
+  folder = report_runs.write(
+    tmp_path / "run",
+    with_facts=lambda seed: report_runs.text_facts(seed, teacher=False),
+  )
+  page = page_of(folder)
+  assert "Against the teacher" not in page.words
+  assert "Of student distilled, first seed, by NLL" in page.words
+  assert "lost most against teacher, NLL" in page.words
 
 
 def test_the_worst_images_come_first(tmp_path, undrawn):

@@ -10,6 +10,7 @@ from kdjax.report.html import Html, el, join, pictures, table
 from kdjax.report.measures import KINDS, Facts, Share
 from kdjax.report.runs import Run
 from kdjax.report.sections import STUDENTS, Section, plain, short
+from kdjax.report.style import Picture
 from kdjax.results import NETWORKS
 
 _ROWS = 10  # of a table of classes or pairs
@@ -57,55 +58,18 @@ def against_teacher(run: Run) -> Section | None:
 
 def groups(run: Run) -> Section | None:
   """Classes, or kinds of tokens, and what each network makes of them."""
-  found: dict[str, dict[int, Share]] = {}
-  names: Callable[[int], object] = str
-  texts = any("texts" in f for n in run.networks for f in run.facts(n))
-  words = measures.keywords(run.config)
-  for network in run.networks:
-    seeds = run.facts(network)
-    if not seeds:
-      continue
-    if texts:
-      of = [measures.kinds(f, words) for f in seeds]
-      found[network] = measures.by_group(seeds, of, len(KINDS))
-      names = KINDS.__getitem__
-    else:
-      size = measures.num_classes(seeds)
-      names = class_names(seeds, size)
-      of = [f["label"] for f in seeds]
-      found[network] = measures.by_group(seeds, of, size)
+  texts, found, names = _shares(run)
   if not found:
     return None
   which = "nll" if texts else "accuracy"
-  shown = [n for n in STUDENTS if n in found][-1:] or list(found)
-  (ours,) = shown[:1]
-  rivals = [n for n in ("teacher", "student_alone") if n in found and n != ours]
+  ours = [n for n in NETWORKS if n in found][-1]
   body, made = [], []
-  for rival in rivals or [ours]:
+  for rival in [n for n in found if n != ours] or [ours]:
     lost = _lost(found[ours], found[rival], which)
-    if not lost:
-      continue
-    body.append(_lost_table(run, found, lost, names, ours, rival, which))
-    if made and len(lost) <= charts.FEW:
-      continue  # the picture has them all already
-    most = len(lost) if len(lost) <= charts.FEW else _SHOWN
-    ids = [n for n, _ in lost[:most]]
-    title = "Accuracy of each class" if not texts else "NLL of each kind"
-    if most < len(lost):
-      title = f"Lost most against {plain(rival)}"
-    made.append(
-      charts.dumbbells(
-        f"groups_{rival}",
-        title,
-        "NLL, nats a token" if texts else "accuracy",
-        [_bare(names(n)) for n in ids],
-        [
-          (plain(network), NETWORKS.index(network), [s.get(n) for n in ids])
-          for network, s in found.items()
-        ],
-        which,
-      )
-    )
+    body.append(_lost_table(found, lost, names, ours, rival, which))
+    few = len(lost) <= charts.FEW
+    if lost and not (made and few):  # a picture of few has them all
+      made.append(_lost_picture(found, lost, names, rival, which, few=few))
   says = (
     "A kind is told by the token's text alone: whether a space or a sign comes "
     "before it, or letters."
@@ -115,6 +79,53 @@ def groups(run: Run) -> Section | None:
   title = "Kinds of tokens" if texts else "Classes"
   tables = el("div", *body, class_="pictures")
   return Section(title, join([el("p", says), pictures(made), tables]), made)
+
+
+def _shares(
+  run: Run,
+) -> tuple[bool, dict[str, dict[int, Share]], Callable[[int], object]]:
+  """Whether they are texts; each network's groups; what those are called."""
+  there = {n: run.facts(n) for n in run.networks if run.facts(n)}
+  everything = [facts for seeds in there.values() for facts in seeds]
+  if any("texts" in facts for facts in everything):
+    words = measures.keywords(run.config)
+    found = {
+      network: measures.by_group(
+        seeds, [measures.kinds(f, words) for f in seeds], len(KINDS)
+      )
+      for network, seeds in there.items()
+    }
+    return True, found, KINDS.__getitem__
+  size = measures.num_classes(everything) if everything else 0
+  found = {
+    network: measures.by_group(seeds, [f["label"] for f in seeds], size)
+    for network, seeds in there.items()
+  }
+  return False, found, class_names(everything, size)
+
+
+def _lost_picture(
+  found: Mapping[str, Mapping[int, Share]],
+  lost: Sequence[tuple[int, float]],
+  names: Callable[[int], object],
+  rival: str,
+  which: str,
+  *,
+  few: bool,
+) -> Picture:
+  title = "NLL of each kind" if which == "nll" else "Accuracy of each class"
+  ids = [n for n, _ in (lost if few else lost[:_SHOWN])]
+  return charts.dumbbells(
+    f"groups_{rival}",
+    title if few else f"Lost most against {plain(rival)}",
+    "NLL, nats a token" if which == "nll" else "accuracy",
+    [_bare(names(n)) for n in ids],
+    [
+      (plain(network), NETWORKS.index(network), [s.get(n) for n in ids])
+      for network, s in found.items()
+    ],
+    which,
+  )
 
 
 def _bare(name: object) -> str:
@@ -136,7 +147,6 @@ def _lost(
 
 
 def _lost_table(
-  run: Run,
   found: Mapping[str, Mapping[int, Share]],
   lost: Sequence[tuple[int, float]],
   names: Callable[[int], object],

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from kdjax.report.measures import Bins, Share
 from kdjax.report.style import (
@@ -17,17 +19,24 @@ from kdjax.report.style import (
   logarithmic,
   picture,
 )
-from kdjax.results import COLUMNS, stderr
+from kdjax.results import COLUMNS, NETWORKS, stderr
 
 # Classes that one picture can hold.
 FEW = 25
 
 
 class Bar(NamedTuple):
-  """A network's values of each metric over seeds, and how it looks."""
+  """A network's values of each metric over seeds, and how it looks.
+
+  Attributes:
+    look: the number of its colour, and of its hatches.
+    run, network: which it is; `label` says so where it stands alone.
+  """
 
   label: str
   look: int
+  run: str
+  network: str
   values: Mapping[str, Sequence[float]]
 
 
@@ -99,19 +108,38 @@ def sizes(bars: Sequence[Bar], name: str) -> Picture:
         factor * np.mean(values),
         yerr=None if error is None else factor * error,
         color=theme.lines[bar.look % len(theme.lines)],
-        marker=MARKERS[bar.look % len(MARKERS)],
+        marker=_mark(bar.network),
         markersize=8,
         linestyle="none",
-        label=bar.label,
       )
     logarithmic(axes, "x")
     axes.margins(0.15)
     axes.set_xlabel("parameters")
     axes.set_ylabel(title)
     axes.set_title("Size against quality")
-    axes.legend(loc="best", fontsize=8)
+    axes.legend(handles=_who(bars, theme), loc="best", fontsize=8)
 
   return picture("size", f"Number of parameters against {title}", draw)
+
+
+def _mark(network: str) -> str:
+  return MARKERS[NETWORKS.index(network)]
+
+
+def _who(bars: Sequence[Bar], theme: Theme) -> list[Line2D]:
+  """Marks are networks; their colours too, or those of several runs."""
+  made = []
+  several = len({bar.run for bar in bars}) > 1
+  for network in [n for n in NETWORKS if n in {bar.network for bar in bars}]:
+    look = next(bar.look for bar in bars if bar.network == network)
+    colour = theme.faint if several else theme.lines[look]
+    mark, label = _mark(network), network.replace("_", " ")
+    made.append(Line2D([], [], color=colour, marker=mark, ls="", label=label))
+  runs = {bar.run: bar.look for bar in bars} if several else {}
+  for run, look in runs.items():
+    colour = theme.lines[look % len(theme.lines)]
+    made.append(Line2D([], [], color=colour, lw=5, label=run))
+  return made
 
 
 def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
@@ -166,8 +194,8 @@ def matrix(
     most = max(int(apart.max()), 1)
     axes.imshow(apart, cmap=heat, vmin=0, vmax=most)
     for n in range(size):
-      square = (n - 0.5, n - 0.5), 1, 1
-      axes.add_patch(_square(*square, theme.grid))
+      at = n - 0.5, n - 0.5
+      axes.add_patch(Rectangle(at, 1, 1, color=theme.grid, linewidth=0))
     if size <= 14:
       for i, j in np.argwhere(counts).tolist():
         dark = i != j and apart[i, j] > 0.75 * most
@@ -190,12 +218,6 @@ def matrix(
     axes.set_title(title)
 
   return picture(file, f"{title}: who says what", draw, width=5, height=4.8)
-
-
-def _square(corner: Any, width: float, height: float, colour: str) -> Any:
-  from matplotlib.patches import Rectangle
-
-  return Rectangle(corner, width, height, color=colour, linewidth=0)
 
 
 def dumbbells(

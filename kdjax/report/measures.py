@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdjax.evaluate import NUM_BINS
+from kdjax.examples import badness
 from kdjax.results import stderr
 
 Facts = Mapping[str, np.ndarray]
@@ -53,6 +54,8 @@ def calibration(seeds: Sequence[Facts]) -> Bins:
   """Guo et al. 2017, section 2: how often is it right that is so confident."""
   confidence = together(seeds, "confidence").astype(np.float64)
   right = together(seeds, "guess") == together(seeds, "label")
+  known = np.isfinite(confidence)
+  confidence, right = confidence[known], right[known]
   # In float32, as the evaluation does: a bin's end belongs to it.
   scaled = confidence.astype(np.float32) * np.float32(NUM_BINS)
   bins = np.ceil(scaled).astype(int) - 1
@@ -181,7 +184,7 @@ def worst_windows(facts: Facts, width: int, most: int) -> list[slice]:
   `width` tokens that count (of the longest row, if that has fewer); pieces
   under half of it are left out.
   """
-  value = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
+  _, value = badness(facts)
   rows = facts["row"]
   starts = np.flatnonzero(np.diff(rows, prepend=-1))
   stops = np.append(starts[1:], len(rows))

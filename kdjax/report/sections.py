@@ -41,7 +41,7 @@ def bars(runs: Sequence[Run]) -> list[Bar]:
       alone = len(runs) == 1
       label = plain(network) if alone else f"{run.name}: {plain(network)}"
       look = NETWORKS.index(network) if alone else n
-      found.append(Bar(label, look, values))
+      found.append(Bar(label, look, run.name, network, values))
   return found
 
 

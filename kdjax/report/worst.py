@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kdjax.examples import worst_first
+from kdjax.examples import badness, worst_first
 from kdjax.report import measures
 from kdjax.report.against import class_names, visible
 from kdjax.report.html import Html, el, join, photo
@@ -27,8 +27,8 @@ def worst(run: Run) -> Section | None:
       body = _worst_texts(facts) if texts else _worst_images(facts)
       what = "stretches of text" if texts else "images"
       title = f"Worst {what}"
-      by = "KL from the teacher" if np.any(facts.get("kl", 0)) else "NLL"
-      says = f"Of {plain(network)}, first seed, by {by} (nats). "
+      by, _ = badness(facts)
+      says = f"Of {plain(network)}, first seed, by {by} (nats)."
       return Section(title, join([el("p", says), body]))
   return None
 
@@ -36,7 +36,7 @@ def worst(run: Run) -> Section | None:
 def _worst_images(facts: Facts) -> Html:
   size = measures.num_classes([facts])
   names = class_names([facts], size)
-  value = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
+  _, value = badness(facts)
   order = worst_first(facts)[:_SHOWN].tolist()
   most = max(float(value[order[0]]), 1e-9) if order else 1.0
   cards = []
@@ -66,8 +66,8 @@ def _worst_images(facts: Facts) -> Html:
 
 def _worst_texts(facts: Facts) -> Html:
   known = dict(zip(facts["ids"].tolist(), facts["texts"].tolist()))
-  value = facts["kl"] if np.any(facts.get("kl", 0)) else facts["nll"]
-  most = max(float(np.quantile(value, 0.99)), 1e-9)
+  _, value = badness(facts)
+  most = max(float(np.nanquantile(value, 0.99)), 1e-9)
   scale = el(
     "p",
     *(
