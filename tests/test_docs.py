@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import report_runs
 from test_readme import ROOT, blocks, read
 
 import kdjax
@@ -25,13 +26,14 @@ from kdjax.pretrained import decoders
 TUTORIAL = "docs/tutorials/vision.md"
 # Minutes; or data that must be made first.
 LONG = {"docs/tutorials/language.md", "docs/decoder.md"}
-# test_export.py runs its example, in a process of its own.
-ELSEWHERE = {"docs/export.md"}
+# test_export.py and test_examples.py run theirs, in processes of their own.
+ELSEWHERE = {"docs/export.md", "docs/examples.md"}
 RESUMED = {"docs/how-to/resume.md", "docs/explanations/recovery.md"}
 PAGES = [
   str(path.relative_to(ROOT))
   for path in sorted((ROOT / "docs").rglob("*.md"))
-  if blocks(path.read_text(encoding="utf-8"), "python")
+  if path.parent.name != "notebooks"  # test_notebooks.py
+  and blocks(path.read_text(encoding="utf-8"), "python")
 ]
 # A block of Python, and what it prints if the page says so.
 SHOWN = re.compile(
@@ -122,6 +124,8 @@ def test_python_of_the_page_runs(name, tutorial):
     names = dict(tutorial)
     if name == "docs/text.md":
       names |= of_texts()
+    if name == "docs/report.md":
+      report_runs.write(Path("runs/digits"))
     if name == "docs/explanations/recovery.md":
       run("docs/how-to/resume.md", names)  # it looks at that state
     run(name, names, tolerance=None if trains else 0.05)
@@ -207,7 +211,7 @@ def test_every_module_has_its_place_in_the_reference():
   }
   told |= set(re.findall(r"kdjax\.(\w+)", read("docs/reference/running.md")))
   found = {m.name for m in pkgutil.iter_modules(kdjax.__path__)}
-  assert found - told == set()
+  assert found - told == {"__main__"}
 
 
 PACKAGES = [
@@ -222,6 +226,7 @@ PACKAGES = [
   "kdjax.checkpoint",
   "kdjax.pretrained",
   "kdjax.export",
+  "kdjax.report",
 ]
 # Of one file each: their public functions and classes.
 MODULES = [
@@ -232,7 +237,8 @@ MODULES = [
   "kdjax.recipes",
   "kdjax.adapters",
   "kdjax.evaluate",
-  "kdjax.report",
+  "kdjax.results",
+  "kdjax.loggers",
   "kdjax.lora",
   "kdjax.inherit",
   "kdjax.generate",
@@ -287,7 +293,7 @@ def test_every_key_of_a_config_is_explained():
 
 
 @pytest.mark.parametrize(
-  "module", ["train", "launch", "scaling", "export.command"]
+  "module", ["train", "launch", "scaling", "export.command", "report.command"]
 )
 def test_every_flag_is_explained(module):
   page = read("docs/reference/running.md")

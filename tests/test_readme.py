@@ -27,6 +27,7 @@ HELP = {
   "train": "kdjax.train",
   "launch": "kdjax.launch",
   "export": "kdjax.export.command",
+  "report": "kdjax.report.command",
   "scaling": "kdjax.scaling",
 }
 
