@@ -197,6 +197,7 @@ def run(name, folder, monkeypatch):
   monkeypatch.setenv("KDJAX_NOTEBOOK_BUDGET", "small")
   monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  monkeypatch.setenv("TMPDIR", str(folder))  # a notebook's runs go there
   notebook = nbformat.read(ROOT / f"colab/{name}.ipynb", as_version=4)
   nbformat.validate(notebook)
   render.execute(notebook, folder)
