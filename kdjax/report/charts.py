@@ -162,7 +162,7 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       found = bins.confidence[there], bins.accuracy[there]
       top.plot(*found, color=colour, linestyle=dashes, linewidth=0.9)
       top.scatter(
-        *found, 8 + 90 * share[there] ** 0.5, color=colour, marker=marker
+        *found, 4 + 150 * share[there] ** 0.5, color=colour, marker=marker
       )
       name = f"{label} (ECE {bins.ece:.1%})"
       top.plot(
