@@ -12,9 +12,16 @@ import pytest
 from kdjax import __main__ as top
 from kdjax import commands, errors, launch, scaling, train
 from kdjax.export import command as export
+from kdjax.report import command as report
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"train": train, "launch": launch, "scaling": scaling, "export": export}
+MAINS = {
+  "train": train,
+  "launch": launch,
+  "scaling": scaling,
+  "export": export,
+  "report": report,
+}
 DIGITS = f"--config={ROOT}/configs/digits.py:smoke"
 
 
@@ -101,7 +108,7 @@ def test_help_reads_well(name, capsys):
   lines = text.splitlines()
   assert max(map(len, lines)) <= 80
   assert lines[0].endswith(".")
-  assert f"python -m kdjax.{name} --" in text
+  assert f"    python -m kdjax.{name} " in text
   assert "\n  --help " in text
   assert "Exit codes: " in text
 

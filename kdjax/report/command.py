@@ -15,12 +15,12 @@ Exit codes: 0 done, 2 a mistake that the message explains.
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
 
+from kdjax import commands
 from kdjax.errors import UserError
 from kdjax.report import about, against, sections, worst
 from kdjax.report.card import card
@@ -178,28 +178,13 @@ def _write(
 
 def main(argv: Sequence[str]) -> int:
   """The command line; returns the exit code."""
-  if len(argv) == 1 or set(argv) & {"--help", "-h"}:
-    print((__doc__ or "").strip())
-    return 2 if len(argv) == 1 else 0
-  try:
-    workdirs, output = _arguments(argv)
-    print(report(workdirs, output))
-  except UserError as error:
-    print(f"kdjax: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("kdjax: stopped, the report is not whole", file=sys.stderr)
-    return 130
-  return 0
 
+  def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("output", None, "", flag_values=values)
 
-def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
-  values = flags.FlagValues()
-  flags.DEFINE_string("output", None, "", flag_values=values)
-  try:
-    rest = values(list(argv))[1:]
-  except flags.Error as error:
-    raise UserError(
-      f"cannot use the arguments: {' '.join(str(error).split())}"
-    ) from error
-  return rest, values["output"].value
+  def body() -> int:
+    given, workdirs = commands.parse(argv, define)
+    print(report(workdirs, given["output"]))
+    return 0
+
+  return commands.run(argv, __doc__, body)
