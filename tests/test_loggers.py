@@ -258,7 +258,7 @@ class Experiment:
     return variables
 
   def measure(self, phase, variables, frozen):
-    return {}
+    return {}, {}
 
 
 def kdjax_config(steps):
