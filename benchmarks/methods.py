@@ -5,13 +5,13 @@
 
 Each row gets the same tuning: five runs on the validation split, with a seed
 that is not reported. A method tries three learning rates, and at the best of
-them two more weights (1, 1/10 and 1/100 of the one its authors give) or, of the
-logit losses, two more T (half, once and twice theirs); the student without a
-teacher tries five learning rates. Then five seeds on the test split, in which
-all methods share teacher, data order and initialisation. A method that reads
-activations stands beside the hard loss alone, as in the papers' tables;
-`kl + ...` rows add plain distillation. All are written down, whatever they
-gain.
+them two more weights (1, 1/10 and 1/100 of a first one, its authors' where
+their scale is this library's) or, of the logit losses, two more T (half, once
+and twice theirs); the student without a teacher tries five learning rates. Then
+five seeds on the test split, in which all methods share teacher, data order and
+initialisation. A method that reads activations stands beside the hard loss
+alone, as in the papers' tables; `kl + ...` rows add plain distillation. All are
+written down, whatever they gain.
 
 Labels are few, images are not, and the student without a teacher stands there
 twice. Alone: each of its batches is all labelled images. Hard loss: its batches

@@ -16,9 +16,12 @@ was not tuned. Results: docs/results/code_lm.md.
 
 from ml_collections import ConfigDict
 
+from kdjax import recipes
+
 
 def get_config(arg: str = "") -> ConfigDict:
-  smoke = arg == "smoke"  # seconds on a CPU; the tests run every config so
+  # Seconds on a CPU; the tests run every config so.
+  smoke = "smoke" in recipes.words(arg, "smoke")
   c = ConfigDict()
   c.task = "text"
   c.seed = 0

@@ -17,9 +17,12 @@ split. The teacher was not tuned.
 
 from ml_collections import ConfigDict
 
+from kdjax import recipes
+
 
 def get_config(arg: str = "") -> ConfigDict:
-  smoke = arg == "smoke"  # seconds on a CPU; the tests run every config so
+  # Seconds on a CPU; the tests run every config so.
+  smoke = "smoke" in recipes.words(arg, "smoke")
   c = ConfigDict()
   c.task = "image"
   c.seed = 0

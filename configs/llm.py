@@ -16,9 +16,12 @@ alpha are customary values, not tuned ones.
 
 from ml_collections import ConfigDict
 
+from kdjax import recipes
+
 
 def get_config(arg: str = "") -> ConfigDict:
-  smoke = arg == "smoke"  # three updates of short rows, to see that it runs
+  # Three updates of short rows, to see that it runs.
+  smoke = "smoke" in recipes.words(arg, "smoke")
   c = ConfigDict()
   c.task = "text"
   c.seed = 0

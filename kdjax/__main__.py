@@ -24,7 +24,7 @@ COMMANDS = {
   ),
   "report": (
     "kdjax.report.__main__",
-    "a page of curves, tables and pictures of finished runs",
+    "a page of curves, tables and pictures of runs",
   ),
   "export": (
     "kdjax.export.__main__",

@@ -1,6 +1,7 @@
 """What all commands share: --help, flags, and mistakes told in one line."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,12 +79,24 @@ def _told(error: BaseException) -> str:
     key, *hint = str(error.args[0]).splitlines()
     return "; ".join([f"the config has no key {key}", *hint])
   if isinstance(error, flags.Error) and "Traceback" not in str(error):
-    return errors.in_line(str(error))
+    return _in_words(errors.in_line(str(error)))
   while "Traceback" in str(error) and (inner := error.__context__):
     error = inner  # what failed in the config, without the text of its trace
   if isinstance(error, errors.UserError):
     return str(error)
   return errors.told(error)
+
+
+def _in_words(text: str) -> str:
+  """What absl and ml_collections say, with what to do."""
+  if group := re.match(r"flag --(\S+?)=.* as a ConfigDict", text):
+    return (
+      f"{group[1]} is no single value here, it has keys of its own: change "
+      f"those, as in --{group[1]}.NAME=VALUE"
+    )
+  if text.startswith("Unknown command line flag") and "mean" not in text:
+    return f"{text}: see --help; a key of the config is --config.NAME"
+  return text
 
 
 def _check_config(config: Any) -> None:
@@ -94,6 +107,8 @@ def _check_config(config: Any) -> None:
 
 def refuse(rest: Sequence[str], hint: str = "see --help") -> None:
   """Refuses arguments that are no flags."""
+  if rest and rest[0].split(":")[0].endswith(".py"):
+    hint = f"give it as --config={rest[0]}"
   if rest:
     raise errors.UserError(f"got {' '.join(rest)}: {hint}")
 

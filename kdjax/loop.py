@@ -108,7 +108,7 @@ def distill(
   profile: int = 0,
   hang_minutes: float = 0.0,
   on_metrics: OnMetrics | None = None,
-  name: str = "distilling",
+  name: str = "",
   quiet: bool = False,
 ) -> Distilled:
   """Trains `student` from the outputs of `teacher` and from labels.
@@ -154,7 +154,8 @@ def distill(
     on_metrics: called with the step and its metrics, on process 0 alone; once
       more where the step is evaluated, with the `eval/<metric>`. After a kill
       the steps since the last checkpoint come again, the same to the bit.
-    name: shown in the terminal.
+    name: shown in the terminal; default "distilling", "training" without a
+      teacher.
     quiet: show nothing there.
 
   Raises:
@@ -188,6 +189,7 @@ def distill(
   )
   # One process prints and writes for all.
   quiet = quiet or not processes.lead()
+  name = name or ("distilling" if teacher is not None else "training")
   with progress.at(name, "setup", quiet=quiet):
     placed, state = opening.place(
       student,

@@ -39,6 +39,18 @@ _MOBILE = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
 _TINY = dict(name="resnet_cifar", depth=8, width=4)
 
 
+def words(arg: str, *known: str) -> set[str]:
+  """What stands after the colon of `--config=FILE:ARG`, parted by commas.
+
+  Raises:
+    UserError: a word that is not known.
+  """
+  found = {word for word in arg.split(",") if word}
+  for word in sorted(found - set(known)):
+    raise errors.unknown("word after the colon of --config", word, known)
+  return found
+
+
 def cifar100(
   teacher: str, student: str, *, epochs: int = 240, smoke: bool = False
 ) -> Config:

@@ -183,6 +183,18 @@ MISTAKES = [
     "the config has no key 'alnoe'; Did you mean \"alone\"",
   ),
   ("train", [DIGITS, RUN, "--config.alpha=x"], "--config.alpha=x: could not"),
+  (
+    "train",
+    [DIGITS, RUN, "--config.temperature=4.0"],
+    "has keys of its own: change those, as in --config.temperature.NAME=",
+  ),
+  ("train", [DIGITS, RUN, "--seeds=5"], "a key of the config is --config."),
+  ("train", ["configs/digits.py", RUN], "give it as --config=configs/digits"),
+  (
+    "train",
+    [f"--config={ROOT}/configs/digits.py:smok", RUN],
+    "unknown word after the colon of --config 'smok': did you mean 'smoke'",
+  ),
   ("train", [DIGITS, RUN, "--config.seeds=1.5"], "flag --config.seeds=1.5: "),
   (
     "train",

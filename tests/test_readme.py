@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax import config, losses, parallel, terms, train
+from kdjax import config, losses, parallel, results, terms, train
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", "README.zh.md"]
@@ -135,6 +135,13 @@ def test_what_losses_gained_is_what_was_measured():
     values = [100 * x for x in measured[name]["accuracy"]]
     error = statistics.stdev(values) / len(values) ** 0.5
     assert told == f"{statistics.fmean(values):.1f} ± {error:.1f}", name
+
+
+def test_the_first_table_is_that_of_its_file():
+  told = results.table(json.loads(read("docs/results/main.json")))
+  for name in ("README.md", "docs/benchmarks.md"):
+    shown = read(name).split("<!-- digits table -->\n```\n")[1]
+    assert shown.split("```")[0].rstrip() == told
 
 
 def commands():

@@ -20,7 +20,7 @@ EPOCH = 1_281_167 // 256
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  words = arg.split(",")
+  words = recipes.words(arg, "smoke", "v3")
   smoke = "smoke" in words
   v3 = dict(name="mobilenet_v3", size="large")
   c = recipes.imagenet(

@@ -27,5 +27,5 @@ def get_config(arg: str = "") -> ConfigDict:
   return recipes.imagenet(
     dict(name="resnet", depth=34),
     dict(name="resnet", depth=18),
-    smoke=arg == "smoke",
+    smoke="smoke" in recipes.words(arg, "smoke"),
   )

@@ -18,5 +18,5 @@ def get_config(arg: str = "") -> ConfigDict:
   return recipes.imagenet(
     dict(name="resnet", depth=50),
     dict(name="mobilenet_v1"),
-    smoke=arg == "smoke",
+    smoke="smoke" in recipes.words(arg, "smoke"),
   )

@@ -18,6 +18,7 @@ from kdjax import recipes
 def get_config(arg: str = "") -> ConfigDict:
   words = [w for w in arg.split(",") if w]
   depth = next((int(w) for w in words if w.isdigit()), 152)
+  recipes.words(arg, "smoke", str(depth))
   network = dict(name="resnet", depth=depth)
   c = recipes.imagenet(network, network, smoke="smoke" in words)
   c.seeds = 1

@@ -28,11 +28,12 @@ few = data.labelled_mask(source, 100, seed=0)  # labels that the student sees
 shared = dict(batch_size=64, mean=0.3, std=0.35)
 train = data.train_batches(source, seed=0, **shared)
 train_few = data.train_batches(source, seed=0, labelled=few, **shared)
+alone_on = data.train_batches(data.select(source, few), seed=0, **shared)
 test = data.eval_batches(data.load("digits", "test"), **shared)
 run = dict(steps=600, evaluate_on=test, quiet=True)
 
 taught = kdjax.distill(student=teacher, train=train, **run)
-alone = kdjax.distill(student=student, train=train_few, **run)
+alone = kdjax.distill(student=student, train=alone_on, **run)
 done = kdjax.distill(
   student=student,
   teacher=teacher,

@@ -1,21 +1,26 @@
-"""The run in one picture, `summary.png`: for a README, on any ground."""
+"""The run in one picture, `summary.png` and in dark: for a README."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from kdjax.report import curves, sections
 from kdjax.report.runs import Run
-from kdjax.report.style import LIGHT, Theme, png
+from kdjax.report.style import DARK, LIGHT, Theme, png
 from kdjax.results import COLUMNS
 
 _SHOWN = ("accuracy", "bits_per_byte", "nll", "ece", "agreement", "kl")
-_TITLES = {"bits_per_byte": "bits per byte", "nll": "NLL"}
+_TITLES = {
+  "accuracy": "accuracy %",
+  "bits_per_byte": "bits per byte",
+  "nll": "NLL",
+}
 
 
-def card(runs: Sequence[Run]) -> bytes:
+def card(runs: Sequence[Run]) -> dict[str, bytes]:
   """1200 pixels wide: what was learned over the steps, and the table."""
   shown, bars = curves.series(runs), sections.bars(runs)
   logged = set().union(*(s.names for s in shown))
@@ -49,13 +54,18 @@ def card(runs: Sequence[Run]) -> bytes:
       what = name.removeprefix("eval/")
       axes.set_title(f"{_TITLES.get(what, what)}, held-out", fontsize=12)
       axes.set_xlabel("step", fontsize=11)
-      axes.tick_params(labelsize=10)
+      axes.tick_params(labelsize=11)
+      if what == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
       if name == quality:
         axes.legend(fontsize=11, loc="best", handlelength=2.6)
     _table(below.subplots(), theme, head, rows, [bar.look for bar in bars])
 
   height = 4.1 + 0.36 * len(rows)
-  return png(draw, LIGHT, 12, height, dpi=100)
+  return {
+    f"summary{ending}.png": png(draw, theme, 12, height, dpi=100)
+    for ending, theme in (("", LIGHT), ("-dark", DARK))
+  }
 
 
 def _table(

@@ -51,7 +51,7 @@ def report(
   runs = read(workdirs)
   old = _claim(folder)
   parts = _sections(runs)
-  files = {"summary.png": card(runs)}
+  files = card(runs)
   for made in (p for part in parts for p in part.pictures):
     files[f"{made.name}.png"] = made.light
     files[f"{made.name}-dark.png"] = made.dark
