@@ -124,7 +124,7 @@ class Progress:
 
   def _line(self) -> RenderableType:
     doing, since = self._clock.current()
-    columns = self._console.width
+    columns = self._console.width - len("^C")  # which stays in the line
     if doing not in STEPPING and not self._closed:
       return f"{self._name}  {doing} {_clock(since)}"[:columns]
     total, fields = max(self._steps, 1), self._fields()

@@ -213,6 +213,13 @@ def test_a_narrow_window_is_never_overrun(width, columns):
     assert "600/600" in file.screen()[-2]
 
 
+def test_what_a_terminal_echoes_of_ctrl_c_stays_in_the_line(columns):
+  file = Terminal()
+  clock = Clock()
+  with clock.at("steps"), Progress("a" * 100, 2, clock, file=file):
+    assert len(file.screen()[-1] + "^C") == 80
+
+
 def test_signs_that_a_terminal_lacks_are_not_used(columns):
   class Plain(Terminal):
     encoding = "ascii"
