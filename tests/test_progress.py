@@ -160,6 +160,8 @@ def test_nothing_of_a_longer_line_stays(columns):
     with clock.at("evaluation"):
       bar._live.refresh()
       assert file.screen() == ["a  evaluation 0:00"]
+      bar.close()
+      assert file.screen()[0].startswith("a 100% ━")
 
 
 def test_a_thread_draws_until_the_end(columns):
