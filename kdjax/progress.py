@@ -1,19 +1,19 @@
 """How far a run is: a line that moves on a terminal, plain lines in a log."""
 
 import contextlib
-import os
-import shutil
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
 from kdjax.clock import STEPPING, Clock
 
-_DRAW = 0.1  # seconds between two drawings
-_IDLE = 1.0  # the same, while nothing happens
 _BAR = 30  # columns at most
 
 
@@ -22,7 +22,7 @@ class Progress:
 
       distilled (seed 0)  42% ━━━━━━━━━────────────  252/600  loss 0.3393 ...
 
-  It is drawn at the steps and each second between them, so that a long
+  A thread of its own draws it, so that a step costs nothing and a long
   compilation is seen to go on. Where the output is no terminal there is a plain
   line now and then instead.
 
@@ -48,16 +48,33 @@ class Progress:
     every_seconds: float = 10.0,
   ):
     self._name, self._steps, self._clock = name, steps, clock or Clock()
-    self._file, self._quiet = file or sys.stderr, quiet
-    self._every, self._step, self._loss = every_seconds, start, None
+    self._step, self._loss = start, None
     self._first: tuple[int, float] | None = None
-    self._rate = 0.0
-    self._drawn = self._told = time.monotonic()
-    self._lock, self._closed = threading.RLock(), threading.Event()
-    self._live = not quiet and self._file.isatty()
-    if self._live:
-      self._draw()
-      threading.Thread(target=self._keep_drawing, daemon=True).start()
+    self._rate, self._closed = 0.0, False
+    self._every, self._told = every_seconds, time.monotonic()
+    out = file or sys.stderr
+    # Without force_*, FORCE_COLOR or a notebook makes a terminal of a log.
+    self._console = Console(
+      file=out,
+      quiet=quiet,
+      force_terminal=out.isatty(),
+      force_jupyter=False,
+      markup=False,
+      emoji=False,
+      highlight=False,
+    )
+    # What else is printed to a terminal goes above the line, to a pipe not.
+    self._live = Live(
+      get_renderable=self._line,
+      console=self._console,
+      refresh_per_second=10,
+      redirect_stdout=sys.stdout.isatty(),
+      redirect_stderr=sys.stderr.isatty(),
+    )
+    if not quiet and self._console.is_interactive:
+      self._live.start(refresh=True)
+      # Seen all the time: a process that is killed could not bring it back.
+      self._console.show_cursor()
 
   def update(self, step: int, loss: float) -> None:
     """After update `step` (counted from 1)."""
@@ -67,14 +84,11 @@ class Progress:
     self._first = self._first or (step, now)
     if step > self._first[0]:
       self._rate = (step - self._first[0]) / max(now - self._first[1], 1e-9)
-    last = step >= self._steps
-    if self._live:
-      if last or now - self._drawn >= _DRAW:
-        self._draw()
-    elif not self._quiet and (last or now - self._told >= self._every):
+    if self._live.is_started:
+      return
+    if step >= self._steps or now - self._told >= self._every:
       self._told = now
-      line = ", ".join(self._fields())
-      print(f"{self._name}: step {line}", file=self._file, flush=True)
+      self.note(f"{self._name}: step {', '.join(self._fields())}")
 
   def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
     """A line of what step `step` came to on held-out data."""
@@ -86,25 +100,21 @@ class Progress:
 
   def note(self, text: str) -> None:
     """A line that stays, above the one that moves."""
-    if self._quiet:
-      return
-    with self._lock:
-      if self._live:
-        self._erase()
-        text = _wrapped(text, self._columns())
-      print(text, file=self._file, flush=True)
-      if self._live and not self._closed.is_set():
-        self._draw()
+    if self._console.is_interactive and "\n" not in text:
+      text = textwrap.fill(
+        text,
+        self._console.width,
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+      )
+    # As it is: a log's lines and tables are not broken.
+    self._console.print(text, soft_wrap=True)
 
   def close(self) -> None:
     """Leaves the line as it is, where there were steps."""
-    if not self._live or self._closed.is_set():
-      return
-    with self._lock:
-      self._closed.set()
-      self._erase()
-      if self._loss is not None:
-        print(self._line(), file=self._file, flush=True)
+    self._closed = True
+    self._live.transient = self._loss is None
+    self._live.stop()
 
   def __enter__(self) -> "Progress":
     return self
@@ -112,40 +122,23 @@ class Progress:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _keep_drawing(self) -> None:
-    while not self._closed.wait(_IDLE):
-      with self._lock:
-        if not self._closed.is_set():
-          self._draw()
-
-  def _draw(self) -> None:
-    with self._lock:
-      self._drawn = time.monotonic()
-      # Padded: what was longer before is drawn over.
-      line = self._line().ljust(self._columns() - 1)
-      self._file.write(f"\r{line}")
-      self._file.flush()
-
-  def _erase(self) -> None:
-    self._file.write("\r" + " " * (self._columns() - 1) + "\r")
-
-  def _line(self) -> str:
-    columns = self._columns() - 1
+  def _line(self) -> RenderableType:
     doing, since = self._clock.current()
-    if doing not in STEPPING and not self._closed.is_set():
+    columns = self._console.width - len("^C")  # which stays in the line
+    if doing not in STEPPING and not self._closed:
       return f"{self._name}  {doing} {_clock(since)}"[:columns]
-    line, rest = self._name, self._fields()
-    share = self._step / max(self._steps, 1)
-    line += f" {share:4.0%}"
-    told = ""
-    while rest and len(line) + len(told) + 2 + len(rest[0]) <= columns:
-      told += f"  {rest.pop(0)}"
-    width = min(columns - len(line) - len(told) - 1, _BAR)
-    if width >= 5:
-      full = round(share * width)
-      line += " " + self._sign("━", "#") * full
-      line += self._sign("─", ".") * (width - full)
-    return (line + told)[:columns]
+    total, fields = max(self._steps, 1), self._fields()
+    head = f"{self._name} {self._step / total:4.0%}"
+    # What matters less goes first; the bar has what is left.
+    while fields and len("  ".join([head, *fields])) > columns:
+      fields.pop()
+    told = "  ".join(fields)
+    width = min(_BAR, columns - len(head) - len(told) - len("   "))
+    if width < 5:
+      return f"{head}  {told}"[:columns]
+    row = Table.grid(padding=(0, 1))
+    row.add_row(head, ProgressBar(total, self._step, width), f" {told}")
+    return row
 
   def _fields(self) -> list[str]:
     """What is said of the steps, what matters most first."""
@@ -157,19 +150,6 @@ class Progress:
       fields += [f"{_clock(left)} left", f"{self._rate:.3g} steps/s"]
     return fields
 
-  def _columns(self) -> int:
-    try:
-      return os.get_terminal_size(self._file.fileno()).columns or 80
-    except (OSError, ValueError):
-      return shutil.get_terminal_size().columns
-
-  def _sign(self, nice: str, plain: str) -> str:
-    try:
-      nice.encode(self._file.encoding or "ascii")
-    except (UnicodeError, LookupError):
-      return plain
-    return nice
-
 
 @contextlib.contextmanager
 def at(name: str, what: str, *, quiet: bool = False) -> Iterator[None]:
@@ -177,15 +157,6 @@ def at(name: str, what: str, *, quiet: bool = False) -> Iterator[None]:
   clock = Clock()
   with clock.at(what), Progress(name, 0, clock, quiet=quiet):
     yield
-
-
-def _wrapped(text: str, columns: int) -> str:
-  """Broken between words; a table stays as it is."""
-  if "\n" in text:
-    return text
-  return textwrap.fill(
-    text, columns - 1, subsequent_indent="  ", break_on_hyphens=False
-  )
 
 
 def _clock(seconds: float) -> str:
