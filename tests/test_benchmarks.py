@@ -280,13 +280,21 @@ def test_kl_accuracy_finds_the_plain_sum_worse(script, tmp_path):
   assert rows[-1]["plain"] > 10 * rows[-1]["ours"]
 
 
+@pytest.fixture
+def no_cache():
+  """As the script has it: what comes out of the cache has another text."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.mark.slow
-def test_compile_time_of_scanned_layers_is_that_of_one(script, tmp_path):
+def test_compile_time_of_scanned_layers_is_that_of_one(script, no_cache):
   module = script("compile_time")
   flat, deep = module.rows("decoder", (2, 4), 1)
   assert deep["text"] < 1.01 * flat["text"]
   flat, deep = module.rows("unrolled", (2, 4), 1)
-  assert deep["text"] > 1.2 * flat["text"]
+  assert deep["text"] > 1.1 * flat["text"]  # besides the layers lies the head
   assert flat["ratio"] == 1
   shallow, _ = module.rows("resnet", (8, 14), 1)
   assert shallow["compile"] > 0
