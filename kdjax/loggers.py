@@ -132,16 +132,17 @@ def opened(
     sinks = []
     for logger in loggers:
       try:
-        sinks.append(stack.enter_context(logger(folder, config)))
+        sink = stack.enter_context(logger(folder, config))
       except Exception as error:
         raise errors.UserError(
           f"the logger {_name(logger)} could not be opened: "
           f"{errors.told(error)}"
         ) from error
+      sinks.append(guarded(sink, _name(logger)))
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
-      for logger, sink in zip(loggers, sinks):
-        guarded(sink, _name(logger))(step, metrics)
+      for sink in sinks:
+        sink(step, metrics)
 
     yield log
 

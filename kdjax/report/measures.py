@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdjax.evaluate import NUM_BINS
-from kdjax.examples import badness
+from kdjax.examples import Facts, badness
 from kdjax.results import stderr
-
-Facts = Mapping[str, np.ndarray]
 
 # What a token is, by its text alone, and in the order they are shown in.
 KINDS = (
