@@ -120,7 +120,7 @@ def check_finished(workdir, shown):
       "kl",
     }
     assert all(np.isfinite(v) for v in got.values())
-    assert network.replace("_", " ") in shown
+    assert f"\n{network.removeprefix('student_')} " in shown
     folder = workdir / "seed_0" / network
     assert checkpoint.steps(folder / "checkpoints") == [3]
     assert (folder / "metrics.jsonl").exists()
@@ -252,6 +252,7 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
     ("--config.phases.alone.microbatches=3", "divisible by"),
     ("--config.teacher.checkpoint=/nowhere", "no checkpoint in /nowhere"),
     ("--config.student.dtype=float8", "unknown dtype 'float8'"),
+    ("--logger=json:loads", "the logger json.loads could not be opened"),
     ("stray", "got stray"),
   ],
 )
