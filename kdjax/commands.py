@@ -119,7 +119,9 @@ def refuse(rest: Sequence[str], hint: str = "see --help") -> None:
 
 def require(given: Mapping[str, Any], *names: str) -> None:
   """Refuses a command without one of these flags; names all that lack."""
-  lacks = [f"--{name}" for name in names if given.get(name) in (None, "")]
+  lacks = [name for name in names if given.get(name) in (None, "")]
   if lacks:
     verb = "is" if len(lacks) == 1 else "are"
-    raise errors.UserError(f"{' and '.join(lacks)} {verb} missing: see --help")
+    raise errors.UserError(
+      f"--{' and --'.join(lacks)} {verb} missing: see --help"
+    )
