@@ -42,3 +42,21 @@ def _forget():
   """A worker would hold every program that it ever ran: 4 GB at the end."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def each_network_once():
+  """A module's experiments share what is traced of their networks."""
+  from kdjax import config
+
+  whole, made = config.model, {}
+
+  def model(network, *sizes):
+    key = network.to_json(), sizes
+    if key not in made:
+      made[key] = whole(network, *sizes)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(config, "model", model)
+    yield
