@@ -44,6 +44,15 @@ def _forget():
   jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+  """A run of test_loop that nothing stops, and its folder: change neither."""
+  import test_loop
+
+  folder = tmp_path_factory.mktemp("whole")
+  return test_loop.run(test_loop.batches(), folder=folder), folder
+
+
 @pytest.fixture(scope="module")
 def each_network_once():
   """A module's experiments share what is traced of their networks."""
