@@ -17,6 +17,7 @@ from kdjax import (
   data,
   errors,
   examples,
+  loop,
   models,
   parallel,
   train,
@@ -179,8 +180,12 @@ def test_a_teacher_is_trained_alone(config, tmp_path, data_dir, capsys):
 
 
 def test_a_second_start_trains_nothing_and_tells_the_same(
-  tmp_path, finished, data_dir, capsys
+  tmp_path, finished, data_dir, monkeypatch, capsys
 ):
+  make, made = loop.make_evaluate, []
+  monkeypatch.setattr(
+    loop, "make_evaluate", lambda *given: made.append(1) or make(*given)
+  )
   workdir = tmp_path / "again"
   shutil.copytree(finished, workdir)
   before = json.loads((workdir / "results.json").read_text())
@@ -191,6 +196,7 @@ def test_a_second_start_trains_nothing_and_tells_the_same(
   assert len(list(traced)) == 3
   told = capsys.readouterr()
   assert told.err.count("nothing to train") == 3
+  assert len(made) == 3  # those that train are evaluated, the others measured
   assert "2 seeds" in told.out
   results = json.loads((workdir / "results.json").read_text())
   assert results["seeds"][0] == before["seeds"][0]
