@@ -9,7 +9,6 @@ done, 2 a mistake that one line explains, 130 Ctrl-C, 1 an error in the program;
 `kdjax train --help` tells of more.
 """
 
-import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
@@ -44,16 +43,19 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   argv = sys.argv if argv is None else list(argv)
-  there = [name for name, (module, _) in COMMANDS.items() if _exists(module)]
-  table = "\n".join(f"  {name:<9}{COMMANDS[name][1]}" for name in there)
+  table = "\n".join(
+    f"  {name:<9}{does}" for name, (_, does) in COMMANDS.items()
+  )
   text = (__doc__ or "").replace("{commands}", table)
-  return commands.run(argv[:2], text, lambda: _dispatch(argv[1:], there))
+  return commands.run(argv[:2], text, lambda: _dispatch(argv[1:]))
 
 
-def _dispatch(argv: Sequence[str], there: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str]) -> int:
   """Runs a command as `python -m` would."""
+  if not argv:
+    raise errors.UserError(f"got no command: name one of {', '.join(COMMANDS)}")
   name, *rest = argv
-  module, _ = errors.choose("command", name, {n: COMMANDS[n] for n in there})
+  module, _ = errors.choose("command", name, COMMANDS)
   before = sys.argv
   sys.argv = [f"kdjax {name}", *rest]
   try:
@@ -63,13 +65,6 @@ def _dispatch(argv: Sequence[str], there: Sequence[str]) -> int:
   finally:
     sys.argv = before
   return 0
-
-
-def _exists(module: str) -> bool:
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # what it would lie in is no package
-    return False
 
 
 if __name__ == "__main__":

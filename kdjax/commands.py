@@ -20,6 +20,8 @@ def run(
 ) -> int:
   """`body()`, unless help is asked for; the exit code.
 
+  Without any argument it shows the help, and `body` says what is missing.
+
   Args:
     argv: the program's name, and its arguments.
     text: what --help shows.
@@ -29,9 +31,11 @@ def run(
   # Orbax and TFDS tell of their progress in the log.
   logging.getLogger().setLevel(logging.ERROR)
   own = argv[: argv.index("--")] if "--" in argv else argv
-  if len(argv) == 1 or {"--help", "-h", "-help"} & set(own):
-    print((text or "").strip())
-    return 2 if len(argv) == 1 else 0
+  asked = {"--help", "-h", "-help"} & set(own)
+  if asked or len(argv) == 1:
+    print((text or "").strip(), flush=True)
+  if asked:
+    return 0
   try:
     return body()
   except errors.UserError as error:
@@ -114,7 +118,10 @@ def refuse(rest: Sequence[str], hint: str = "see --help") -> None:
 
 
 def require(given: Mapping[str, Any], *names: str) -> None:
-  """Refuses a command without one of these flags."""
-  for name in names:
-    if given.get(name) in (None, ""):
-      raise errors.UserError(f"--{name} is missing: see --help")
+  """Refuses a command without one of these flags; names all that lack."""
+  lacks = [name for name in names if given.get(name) in (None, "")]
+  if lacks:
+    verb = "is" if len(lacks) == 1 else "are"
+    raise errors.UserError(
+      f"--{' and --'.join(lacks)} {verb} missing: see --help"
+    )

@@ -8,9 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-
 
 class Writer:
   """Writes `{name: number}` of a step to `metrics.jsonl` and TensorBoard.
@@ -25,6 +22,11 @@ class Writer:
     path = folder / "metrics.jsonl"
     _drop_after(path, resume_step)
     self._jsonl = path.open("a")
+    # It loads PyTorch, where that is installed: seconds of every import.
+    from tensorboardX import SummaryWriter
+    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+
+    self._summary = Summary
     self._events = SummaryWriter(
       str(folder / "tensorboard"), purge_step=resume_step + 1
     )
@@ -37,9 +39,9 @@ class Writer:
     self._jsonl.flush()
     # One event for all: `add_scalar` makes one each, which takes longer than
     # everything else that the host does in a step.
-    summary = Summary(
+    summary = self._summary(
       value=[
-        Summary.Value(tag=name, simple_value=value)
+        self._summary.Value(tag=name, simple_value=value)
         for name, value in metrics.items()
         if math.isfinite(value)
       ]

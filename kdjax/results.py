@@ -12,7 +12,7 @@ NETWORKS = ("teacher", "student_alone", "student_distilled")
 # metric: (heading, factor, format)
 COLUMNS = {
   "parameters": ("parameters", 1, ",.0f"),
-  "flops": ("MFLOP/example", 1e-6, ".2f"),
+  "flops": ("MFLOP", 1e-6, ".2f"),
   "flops_per_token": ("MFLOP/token", 1e-6, ".2f"),
   "bits_per_byte": ("bits/byte", 1, ".4f"),
   "perplexity": ("perplexity", 1, ".2f"),
@@ -71,12 +71,15 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-  """A row a network, a column a metric; ± is one standard error."""
+  """A row a network, a column a metric; ± is one standard error.
+
+  Of one seed it fits a terminal of 80 columns.
+  """
   measured = set().union(*results["stderr"].values())
   columns = {m: COLUMNS[m] for m in COLUMNS if m in measured}
   rows = [["", *(heading for heading, _, _ in columns.values())]]
   for network, errors in results["stderr"].items():
-    row = [network.replace("_", " ")]
+    row = [network.removeprefix("student_")]
     for metric, (_, factor, form) in columns.items():
       if metric not in errors:  # no teacher to compare with
         row.append("")

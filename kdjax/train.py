@@ -90,29 +90,46 @@ def train(
   quiet = not processes.lead()
   with progress.at("kdjax", "reading data, checking the config", quiet=quiet):
     checked = experiment(config)
-  if processes.lead():
-    _claim(workdir, config)
+  new = processes.lead() and _claim(workdir, config)
   processes.wait_for_all("claimed")
   seeds = range(config.seed, config.seed + config.seeds)
-  runs = [run(checked, workdir / f"seed_{s}", s, opens) for s in seeds]
+  try:
+    runs = [run(checked, workdir / f"seed_{s}", s, opens) for s in seeds]
+  except errors.UserError:
+    # Before the first update, as where a logger could not be opened.
+    if new and not any(workdir.glob("seed_*/*/metrics.jsonl")):
+      _unclaim(workdir)
+    raise
   found = results.summary(runs)
   if processes.lead():
     metrics.write_json(workdir / "results.json", found)
   return found
 
 
-def _claim(workdir: Path, config: Any) -> None:
+def _claim(workdir: Path, config: Any) -> bool:
   """Writes the config into a new folder; refuses one of another config.
+
+  Returns:
+    Whether it is a new one.
 
   Raises:
     UserError: it is another config's, or it cannot be written into.
   """
   try:
+    new = not (workdir / "config.json").exists()
     _write_config(workdir, config)
+    return new
   except OSError as error:
     raise errors.UserError(
       f"cannot write into --workdir {workdir} ({error.strerror}): use another"
     ) from error
+
+
+def _unclaim(workdir: Path) -> None:
+  """Takes back what `train` has made in a folder that was new."""
+  (workdir / "config.json").unlink()
+  for folder in workdir.glob("seed_*"):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_config(workdir: Path, config: Any) -> None:
@@ -231,8 +248,7 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
     for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
       flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
 
-  values = configuration.arguments(argv, define)
-  commands.require(values, "workdir")
+  values = configuration.arguments(argv, define, "workdir")
   given = _Arguments(**values)
   if "://" in given.workdir:
     raise errors.UserError(

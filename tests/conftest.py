@@ -42,3 +42,30 @@ def _forget():
   """A worker would hold every program that it ever ran: 4 GB at the end."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+  """A run of test_loop that nothing stops, and its folder: change neither."""
+  import test_loop
+
+  folder = tmp_path_factory.mktemp("whole")
+  return test_loop.run(test_loop.batches(), folder=folder), folder
+
+
+@pytest.fixture(scope="module")
+def each_network_once():
+  """A module's experiments share what is traced of their networks."""
+  from kdjax import config
+
+  whole, made = config.model, {}
+
+  def model(network, *sizes):
+    key = network.to_json(), sizes
+    if key not in made:
+      made[key] = whole(network, *sizes)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(config, "model", model)
+    yield

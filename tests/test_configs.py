@@ -25,6 +25,7 @@ def module(name):
   return loaded
 
 
+pytestmark = pytest.mark.usefixtures("each_network_once")
 PAIR = module("cifar100/pair.py")
 METHODS = PAIR.methods("resnet8", "resnet8")
 # The seven of the papers' tables, and the others that CRD's table 1 has.

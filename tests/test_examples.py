@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn import neural_network
 
 import kdjax
 from kdjax import parallel
@@ -32,14 +33,17 @@ def code_lines(path):
   return sum(bool(x.split("#")[0].strip()) for x in lines)
 
 
+@pytest.mark.filterwarnings("ignore:Stochastic Optimizer")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_it_runs_with_a_short_budget(path, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   mesh = parallel.make_mesh(1)  # eight devices compile longer
   monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh)
   whole = kdjax.distill
-  short = lambda **given: whole(**given | {"steps": 10})  # noqa: E731
+  short = lambda **given: whole(**given | {"steps": 2})  # noqa: E731
   monkeypatch.setattr(kdjax, "distill", functools.wraps(whole)(short))
+  hasty = functools.partial(neural_network.MLPClassifier, max_iter=2)
+  monkeypatch.setattr(neural_network, "MLPClassifier", hasty)
   monkeypatch.setattr(sys, "argv", [str(path)])
   runpy.run_path(str(path), run_name="__main__")
   accuracies(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import grain
 import jax
@@ -71,45 +72,45 @@ def assert_identical(a, b):
 
 
 @pytest.mark.parametrize("kill_at", [1, 4, 5])
-def test_killed_and_started_again_is_bit_identical(tmp_path, kill_at):
-  whole = run(batches(), folder=tmp_path / "whole")
+def test_killed_and_started_again_is_bit_identical(tmp_path, whole, kill_at):
+  want, folder = whole
   with pytest.raises(Killed):
-    run(batches(kill_at), folder=tmp_path / "killed")
-  again = run(batches(), folder=tmp_path / "killed")
-  assert_identical(again.state, whole.state)
-  assert again.metrics == whole.metrics
+    run(batches(kill_at), folder=tmp_path)
+  again = run(batches(), folder=tmp_path)
+  assert_identical(again.state, want.state)
+  assert again.metrics == want.metrics
 
-  def logged(name):
-    path = tmp_path / name / "metrics.jsonl"
+  def logged(folder):
+    path = folder / "metrics.jsonl"
     lines = [json.loads(x) for x in path.read_text().splitlines()]
     return [
       {k: v for k, v in line.items() if not k.startswith("perf/")}
       for line in lines
     ]
 
-  assert logged("killed") == logged("whole")
+  assert logged(tmp_path) == logged(folder)
 
 
-def test_a_finished_run_trains_no_more(tmp_path):
-  first = run(batches(), folder=tmp_path)
-  again = run(batches(kill_at=1), folder=tmp_path)
+def test_a_finished_run_trains_no_more(tmp_path, whole):
+  first, folder = whole
+  shutil.copytree(folder, tmp_path / "run")
+  again = run(batches(kill_at=1), folder=tmp_path / "run")
   assert_identical(again.state, first.state)
   assert again.metrics["eval/nll"] == first.metrics["eval/nll"]
 
 
-def test_any_iterable_of_batches_will_do(tmp_path):
+def test_any_iterable_of_batches_will_do(tmp_path, whole):
   def plain():
     return (networks.batch(16, seed=n) for n in itertools.count())
 
-  whole = run(batches())
-  assert_identical(run(plain()).state, whole.state)
+  assert_identical(run(plain()).state, whole[0].state)
   run(plain(), steps=4, folder=tmp_path)
   # Without a position to go to, a resumed run reads and skips.
-  assert_identical(run(plain(), folder=tmp_path).state, whole.state)
+  assert_identical(run(plain(), folder=tmp_path).state, whole[0].state)
 
 
-def test_eight_devices_train_the_same_student():
-  one = run(batches()).state
+def test_eight_devices_train_the_same_student(whole):
+  one = whole[0].state
   eight = run(batches(), mesh=parallel.make_mesh(8), microbatches=2).state
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
@@ -157,15 +158,15 @@ def test_resuming_with_another_teacher_is_refused(tmp_path):
     run(batches(), folder=tmp_path, teacher_variables=other)
 
 
-def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, capsys):
-  whole = run(batches(), folder=tmp_path)
-  newest = tmp_path / "checkpoints" / "7"
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, whole, capsys):
+  shutil.copytree(whole[1], tmp_path / "run")
+  newest = tmp_path / "run" / "checkpoints" / "7"
   for file in newest.rglob("*"):
     if file.is_file() and file.stat().st_size > 200:
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  again = run(batches(), folder=tmp_path)
+  again = run(batches(), folder=tmp_path / "run")
   assert "step 7 is damaged" in capsys.readouterr().err
-  assert_identical(again.state, whole.state)
+  assert_identical(again.state, whole[0].state)
 
 
 def wide(classes):

@@ -1,6 +1,7 @@
 """Meshes, rules, and a step whose state is split over them."""
 
 import functools
+import math
 import re
 
 import jax
@@ -188,7 +189,7 @@ def llama(width, depth):
   )
 
 
-def language(head="linear", remat="none"):
+def language():
   """Two decoders and a batch of 16 rows of 8 tokens."""
   rng = np.random.default_rng(0)
   draw = lambda: rng.integers(0, 96, (16, 8)).astype(np.int32)  # noqa: E731
@@ -198,8 +199,8 @@ def language(head="linear", remat="none"):
     "mask": np.float32(rng.random((16, 8)) > 0.3),
   }
   nets = (
-    decoder(llama(64, 3), head=head, remat=remat),
-    decoder(llama(96, 2), head=head),
+    decoder(llama(64, 3), head="linear"),
+    decoder(llama(96, 2), head="linear"),
   )
   return *nets, PARTITION, batch
 
@@ -209,9 +210,11 @@ def images():
   return networks.bare(512), networks.bare(1024), (), networks.batch(32)
 
 
-def on(mesh, networks):
-  """The compiled step over `mesh`, and its arguments."""
-  student, teacher, rules, batch = networks
+@functools.cache
+def on(make, axes):
+  """The compiled step over a mesh, and its arguments, to be used up once."""
+  student, teacher, rules, batch = make()
+  mesh = parallel.make_mesh(math.prod(axes), **dict(zip(parallel.AXES, axes)))
   frozen = teacher.init(jax.random.key(1), batch)
   frozen = parallel.place(frozen, parallel.shardings(frozen, mesh, rules))
   student = parallel.gathered(student, mesh, rules)
@@ -233,22 +236,18 @@ def two_steps(compiled, arguments):
   return jax.device_get((state.params, metrics))
 
 
-@functools.cache
-def single(make):
-  return on(parallel.make_mesh(1), make())
+ONE, FSDP = (1, 1, 1), (1, 8, 1)
 
 
 @functools.cache
 def result_of_one(make):
-  return two_steps(*single(make))
+  return two_steps(*on(make, ONE))
 
 
 @pytest.mark.parametrize("make", [language, images])
-@pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("axes", [FSDP, (2, 2, 2)])
 def test_any_mesh_makes_the_same_steps(make, axes):
-  mesh = parallel.make_mesh(**dict(zip(parallel.AXES, axes)))
-  compiled, arguments = on(mesh, make())
-  got, want = two_steps(compiled, arguments), result_of_one(make)
+  got, want = two_steps(*on(make, axes)), result_of_one(make)
   # Adam divides by the root of a gradient's square: where that is near 0, what
   # float32 rounds in another order is of the size of the update, 1e-2.
   for g, w in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0])):
@@ -274,7 +273,7 @@ def sizes(shapes):
 @pytest.mark.parametrize("make", [language, images])
 def test_parameters_travel_layer_by_layer_and_the_batch_stays(make):
   """Of a step over fsdp alone: no activation, no logits, no whole tree."""
-  compiled, arguments = on(parallel.make_mesh(fsdp=8), make())
+  compiled, arguments = on(make, FSDP)
   trees = [x.params if hasattr(x, "params") else x for x in arguments[:2]]
   arrays = {x.shape for x in jax.tree.leaves(trees)}
   # A scanned layer's own, as it is or turned.
@@ -293,8 +292,7 @@ def test_parameters_travel_layer_by_layer_and_the_batch_stays(make):
 
 
 def test_fsdp_divides_what_a_device_holds():
-  one = single(language)[0].memory_analysis()
-  eight = on(parallel.make_mesh(fsdp=8), language())[0].memory_analysis()
+  one, eight = (on(language, n)[0].memory_analysis() for n in (ONE, FSDP))
   arguments_of = lambda m: m.argument_size_in_bytes  # noqa: E731
   assert arguments_of(eight) <= (1 / 8 + 0.02) * arguments_of(one)
 

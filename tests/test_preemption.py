@@ -40,8 +40,7 @@ def written(folder):
   ]
 
 
-def test_it_saves_and_the_same_call_goes_on(tmp_path):
-  whole = run(batches(), folder=tmp_path / "whole")
+def test_it_saves_and_the_same_call_goes_on(tmp_path, whole):
   folder = tmp_path / "stopped"
   before = signal.getsignal(signal.SIGTERM)
   # The batch of step 5 is read when the question of that step was answered.
@@ -50,14 +49,13 @@ def test_it_saves_and_the_same_call_goes_on(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is before
   assert steps(folder)[-1] == 5
   again = run(batches(), folder=folder)
-  assert_identical(again.state, whole.state)
-  assert again.metrics == whole.metrics
-  assert written(folder) == written(tmp_path / "whole")
+  assert_identical(again.state, whole[0].state)
+  assert again.metrics == whole[0].metrics
+  assert written(folder) == written(whole[1])
 
 
-def test_during_an_evaluation(tmp_path):
+def test_during_an_evaluation(tmp_path, whole):
   """Which ends, and the checkpoint has its metric."""
-  whole = run(batches(), folder=tmp_path / "whole")
   evaluations = itertools.count()
 
   class Evaluated:
@@ -71,7 +69,7 @@ def test_during_an_evaluation(tmp_path):
     run(batches(), folder=folder, evaluate_on=Evaluated())
   assert steps(folder) == [2, 4]
   again = run(batches(), folder=folder)
-  assert_identical(again.state, whole.state)
+  assert_identical(again.state, whole[0].state)
 
 
 def test_before_the_first_step(tmp_path, monkeypatch):

@@ -75,7 +75,8 @@ def rows_of(heading):
   """The rows of README.md's table whose first heading it is, by column."""
   rows = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in read("README.md").splitlines()
+    # No-break spaces keep its cells on one line.
+    for line in read("README.md").replace("\xa0", " ").splitlines()
     if line.startswith("|")
   ]
   head = next(row for row in rows if row[0] == heading)

@@ -80,8 +80,9 @@ def test_results_are_those_of_the_run(tmp_path, undrawn):
   assert page.table("value")["phases.alone.steps"]["value"] == "20"
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path):
-  """Drawn in earnest: pictures of both themes, inside and beside the page."""
+def test_the_page_needs_nothing_from_elsewhere(tmp_path, monkeypatch):
+  """Drawn, if coarsely: of both themes, inside and beside the page."""
+  monkeypatch.setattr(style.png, "__defaults__", (48,))
   folder = report_runs.write(tmp_path / "run", seeds=2)
   path = report([folder])
   page = Page(path)

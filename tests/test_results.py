@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdjax.results import NETWORKS, summary, table
+from kdjax.results import summary, table
 
 
 def run(accuracy):
@@ -48,7 +48,12 @@ def test_several_seeds_give_mean_and_standard_error():
 
 def test_the_table_has_a_row_for_each_network_and_straight_columns():
   head, rule, *rows = table(summary([run(0.9), run(0.8)])).splitlines()
-  assert [r.split("  ")[0] for r in rows[:3]] == [
-    n.replace("_", " ") for n in NETWORKS
-  ]
+  names = ["teacher", "alone", "distilled"]
+  assert [r.split("  ")[0] for r in rows[:3]] == names
   assert len({len(r) for r in [head, rule, *rows[:3]]}) == 1
+
+
+def test_the_table_of_one_seed_fits_a_terminal():
+  large = {"parameters": 25_557_032, "flops": 6e8}
+  rows = {name: one | large for name, one in run(1.0).items()}
+  assert max(map(len, table(summary([rows])).splitlines())) <= 80

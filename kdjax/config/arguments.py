@@ -11,13 +11,16 @@ from kdjax import commands, errors
 
 
 def arguments(
-  argv: Sequence[str], define: Callable[[flags.FlagValues], None]
+  argv: Sequence[str],
+  define: Callable[[flags.FlagValues], None],
+  *required: str,
 ) -> dict[str, Any]:
   """The values of the flags by name, that of --config among them.
 
   Args:
     argv: the program's name, and its arguments.
     define: defines the other flags.
+    required: those that must be given, beside --config.
 
   Raises:
     UserError: whatever is wrong with them.
@@ -32,7 +35,7 @@ def arguments(
 
   given, rest = commands.parse(argv, define_all)
   commands.refuse(rest)
-  commands.require(given, "config")
+  commands.require(given, "config", *required)
   return given
 
 

@@ -109,6 +109,8 @@ class ImageExperiment:
     seed: int,
     frozen: PyTree = (),
     on_metrics: OnMetrics | None = None,
+    *,
+    finished: bool = False,
   ) -> Variables:
     """`(params, stats)` of the phase's network, trained from where it was."""
     c = self.config
@@ -142,7 +144,7 @@ class ImageExperiment:
       teacher=self.teacher if taught else None,
       teacher_variables=frozen if taught else (),
       train=batches,
-      evaluate_on=self.eval_batches,
+      evaluate_on=None if finished else self.eval_batches,
       terms=terms,
       student_variables=start,
       transform=configuration.mixup(c.phases[phase], source.num_classes),

@@ -33,7 +33,8 @@ class Experiment(Protocol):
   Attributes:
     config: the whole.
     loaded: the teacher's variables, None where it is to be trained.
-    train: trains the network of a phase, from where it was.
+    train: trains the network of a phase, from where it was; one that has
+      `finished` is read, and not evaluated on the way.
     stored: the teacher's variables as the student's phases read them.
     measure: what a phase's network comes to on held-out data, in all and on
       each example.
@@ -49,6 +50,8 @@ class Experiment(Protocol):
     seed: int,
     frozen: PyTree = (),
     on_metrics: OnMetrics | None = None,
+    *,
+    finished: bool = False,
   ) -> Variables: ...
 
   def stored(self, variables: Variables) -> Variables: ...
@@ -76,9 +79,12 @@ def run(
   def train(phase: str, name: str, frozen: PyTree = ()) -> Variables:
     config, inside = experiment.config, folder / name
     done = max(checkpoint.steps(inside / "checkpoints"), default=0)
-    needed = opens if done < config.phases[phase].steps else ()
+    finished = done >= config.phases[phase].steps
+    needed = () if finished else opens
     with loggers.opened(needed, inside, config.to_dict()) as on_metrics:
-      return experiment.train(phase, inside, seed, frozen, on_metrics)
+      return experiment.train(
+        phase, inside, seed, frozen, on_metrics, finished=finished
+      )
 
   measured = {}
 

@@ -113,6 +113,8 @@ class TextExperiment:
     seed: int,
     frozen: PyTree = (),
     on_metrics: OnMetrics | None = None,
+    *,
+    finished: bool = False,
   ) -> Variables:
     """`(params, stats)` of the phase's network, trained from where it was."""
     side = _side(phase)
@@ -128,7 +130,7 @@ class TextExperiment:
       teacher=self.teacher if taught else None,
       teacher_variables=given.get("frozen", ()),
       train=self._batches(side, seed),
-      evaluate_on=self._eval_batches(side),
+      evaluate_on=None if finished else self._eval_batches(side),
       terms=terms,
       student_variables=given.get("variables"),
       layout=self.layout,
