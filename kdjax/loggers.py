@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax import errors, processes
-from kdjax.metrics import last_step, write_json
+from kdjax import errors, files, processes
+from kdjax.metrics import last_step
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 Logger = Callable[
@@ -87,17 +87,17 @@ def wandb_run(
     sent = last_step(folder / "metrics.jsonl")
   else:
     key = uuid.uuid4().hex[:8]
-    write_json(path, {"id": key})
-  workdir = folder.resolve().parents[1]
+    files.write_json(path, {"id": key})
+  place = files.absolute(folder)
   run = api.init(
     project=project,
     id=key,
     resume="allow",
-    name="/".join(folder.resolve().parts[-3:]),
-    group=workdir.name,
+    name="/".join(place.parts[-3:]),
+    group=place.parents[1].name,
     job_type=folder.name,
     config=dict(config),
-    dir=str(folder),
+    dir=None if files.in_bucket(folder) else str(folder),
     # What the terminal shows stays as it is.
     settings=api.Settings(console="off", quiet=True),
   )

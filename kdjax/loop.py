@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from kdjax import (
   checkpoint,
   errors,
+  files,
   health,
   loggers,
   losses,
@@ -138,8 +139,9 @@ def distill(
       trained and for what is frozen.
     layout: as for `make_train_step`; default, `fused.over(mesh)`.
     show_sharding: show a table of what is split how.
-    folder: for checkpoints and metrics; started again with the same one, the
-      run goes on where it was. None writes nothing.
+    folder: for checkpoints and metrics, in a bucket too (`gs://...`); started
+      again with the same one, the run goes on where it was. None writes
+      nothing.
     save_every: steps between evaluations and checkpoints.
     save_minutes: between checkpoints at other steps, without evaluation; 0
       makes none.
@@ -232,7 +234,7 @@ def distill(
     told_to_stop = stack.enter_context(preemption.watched())
     if folder is not None:
       saver = checkpoint.Checkpointer(
-        Path(folder) / "checkpoints",
+        files.path(folder) / "checkpoints",
         keep_last=keep_last,
         keep_best=keep_best,
         metric="eval/nll" if evaluate_on is not None else None,
@@ -257,8 +259,9 @@ def distill(
         note(opening.memory(plan, head, settings or {}))
         of_step = placed.flops(mesh, rows)
     sinks: list[OnMetrics] = []
+    writer = None
     if folder is not None and processes.lead():
-      writer = Writer(Path(folder), resume_step=start)
+      writer = Writer(files.path(folder), resume_step=start)
       sinks.append(stack.enter_context(writer))
     if on_metrics is not None and processes.lead():
       sinks.append(loggers.guarded(on_metrics))
@@ -283,7 +286,7 @@ def distill(
         save_clock=SaveClock(save_minutes if saver is not None else 0),
         told_to_stop=told_to_stop,
         evaluate=test,
-        save=saver and _save(saver, feed, facts, account),
+        save=saver and _save(saver, feed, facts, writer, account),
       )
       if saver is not None:
         with clock.at("saving"):
@@ -353,6 +356,7 @@ def _save(
   saver: checkpoint.Checkpointer,
   feed: Feed,
   facts: dict[str, Any],
+  writer: Writer | None,
   account: Goodput,
 ) -> stepping.Save:
   """Keeps a state, where the input stands, and the time it all took."""
@@ -360,6 +364,8 @@ def _save(
   def save(
     step: int, state: TrainState, metrics: dict[str, float] | None
   ) -> None:
+    if writer is not None:  # first: the run may go on from this checkpoint
+      writer.send()
     saver.save(
       step, state, position=feed.position, facts=facts, metrics=metrics
     )

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from kdjax import processes
+from kdjax import files, processes
 from kdjax.checkpoint import arrays
 from kdjax.errors import UserError
 from kdjax.types import Params, Stats, TrainState
@@ -204,7 +204,4 @@ def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absolute(directory: str | os.PathLike[str]) -> epath.Path:
-  # `Path.absolute` would take a bucket's address for a relative path.
-  if "://" in os.fspath(directory):
-    return epath.Path(directory)
-  return epath.Path(os.path.abspath(os.path.expanduser(directory)))
+  return epath.Path(files.absolute(directory))
