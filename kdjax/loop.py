@@ -151,8 +151,8 @@ def distill(
       "stop" ends the run; "skip" leaves the state as it was, on the device,
       and goes on to the next batch (`health`).
     profile: steps to trace into `<folder>/profile`; 0 traces none.
-    hang_minutes: end the process when no step has ended for so long
-      (`watchdog`); 0 never ends it.
+    hang_minutes: end the process when for so long no step has ended, or no
+      batch of an evaluation, or no save (`watchdog`); 0 never ends it.
     on_metrics: called with the step and its metrics, on process 0 alone; once
       more where the step is evaluated, with the `eval/<metric>`. After a kill
       the steps since the last checkpoint come again, the same to the bit.
@@ -269,10 +269,12 @@ def distill(
     if evaluate_on is not None:
       other = placed.teacher if goal.comparable else None
       run = make_evaluate(placed.student, other, mesh, layout)
-      test = _test(run, evaluate_on, frozen, teacher_of, student_of)
+      test = _test(run, evaluate_on, frozen, teacher_of, student_of, clock)
     account = Goodput(clock, folder if processes.lead() else None)
     meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
     stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
+    if saver is not None:  # first of all, so that the wait for it is watched
+      stack.callback(_close, saver, clock)
     with clock.at("steps"):
       state, last = stepping.run(
         state,
@@ -295,7 +297,8 @@ def distill(
       bar.close()
       note(account.write())
     if not last and test is not None:
-      last = test(state)
+      with clock.at("evaluation"):
+        last = test(state)
   return Distilled(state, last)
 
 
@@ -352,6 +355,11 @@ def _restore(
   return restored.step, restored.state, restored.position
 
 
+def _close(saver: checkpoint.Checkpointer, clock: Clock) -> None:
+  with clock.at("saving"):
+    saver.close()
+
+
 def _save(
   saver: checkpoint.Checkpointer,
   feed: Feed,
@@ -380,12 +388,13 @@ def _test(
   frozen: PyTree,
   teacher_of: TeacherOf,
   student_of: StudentOf,
+  clock: Clock,
 ) -> Callable[[TrainState], dict[str, float]]:
   """A state -> its `eval/<metric>`."""
 
   def test(state: TrainState) -> dict[str, float]:
     whole = student_of(state.params, frozen), state.stats
-    got = run(whole, teacher_of(state, frozen), batches)
+    got = run(whole, teacher_of(state, frozen), clock.signs(batches))
     return {f"eval/{name}": value for name, value in got.items()}
 
   return test

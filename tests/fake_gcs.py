@@ -3,8 +3,8 @@
     with fake_gcs.served() as store:       # and child processes find it
       store.objects["bucket/name"]         # -> bytes
 
-JSON API v1 over HTTP: objects whole or in ranges, uploads of three kinds, lists,
-deletions one by one and in batches, conditions on generations. Written after
+JSON API v1 over HTTP: objects whole or in ranges, uploads of three kinds,
+lists, deletions one by one and in batches, conditions on generations. After
 https://cloud.google.com/storage/docs/json_api/v1.
 """
 
@@ -216,7 +216,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       line = part.decode().split("\n")[0]
       path = urllib.parse.urlsplit(line.split()[1]).path
       match = _PATH.fullmatch(path)
-      assert match and line.startswith("DELETE"), line
+      assert match, line
+      assert line.startswith("DELETE"), line
       key = f"{match['bucket']}/{urllib.parse.unquote(match['name'])}"
       with self.store.lock:
         known = self.store.objects.pop(key, None)

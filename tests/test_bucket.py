@@ -129,7 +129,7 @@ def test_killed_while_it_saves_and_damaged_it_ends_as_on_a_disk(
   assert store.names(f"{inside}/6/state/")
   assert checkpoint.steps(f"gs://{inside}") == [3]
   lines = store.objects["bucket/run/seed_0/teacher/metrics.jsonl"]
-  assert lines.count(b"loss/total") == 6  # sent before the checkpoint
+  assert lines.count(b"loss/total") >= 6  # sent before the checkpoint
 
   run = start("gs://bucket/run", data_dir)
   kill_before(store, run, f"{inside}/9/commit_success.txt")
@@ -248,8 +248,10 @@ def test_a_save_that_the_bucket_refuses_names_the_last_good_one(store, part):
   saver.wait()
   store.refuses = lambda method, name: method != "GET" and part in name
   try:
-    with pytest.raises(UserError, match="access to bucket.*step 1 is the last"):
-      saver.save(2, a_state(2))
+    saver.save(2, a_state(2))  # in the background
+    with pytest.raises(
+      UserError, match=r"access to bucket.*step 1 is the last"
+    ):
       saver.wait()
   finally:
     store.refuses = lambda method, name: False
