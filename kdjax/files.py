@@ -23,7 +23,7 @@ from kdjax.errors import UserError, in_line
 
 _BUCKET = "gs://"
 # Whose errors tell of a bucket that cannot be reached, whatever their class.
-_CLIENTS = {"aiohttp", "gcsfs", "google", "requests"}
+_CLIENTS = {"aiohttp", "gcsfs", "google", "requests", "tensorflow"}
 
 
 def path(name: str | os.PathLike[str]) -> Path:
