@@ -40,8 +40,8 @@ def path(name: str | os.PathLike[str]) -> Path:
     return Path(text)
   if not text.startswith(_BUCKET):
     raise UserError(
-      f"{text} is no folder, and of buckets only {_BUCKET}... can be written "
-      "into: mount this one, or give a folder"
+      f"{text} is no folder, and of buckets only gs://... can be written into: "
+      "mount this one, or give a folder"
     )
   if importlib.util.find_spec("gcsfs") is None:
     raise UserError(

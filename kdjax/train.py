@@ -158,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
   given = _arguments(argv)
   config, workdir = given.config, given.workdir
+  folder = files.path(workdir)
   opens = [loggers.wandb(given.wandb)] if given.wandb else []
   opens += [loggers.named(given.logger)] if given.logger else []
   place = processes.find(
@@ -173,7 +174,6 @@ def _run(argv: Sequence[str]) -> int:
       start_seconds=given.start_seconds,
       lost_seconds=given.lost_seconds,
     )
-  folder = files.path(workdir)
   files.check(folder)
   with files.reaching(folder):
     new = [p for p in (folder / "compiled", folder) if not p.exists()]
@@ -240,7 +240,6 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
 
   values = configuration.arguments(argv, define)
   commands.require(values, "workdir")
-  files.path(values["workdir"])  # refuses stores that it does not know
   return _Arguments(**values)
 
 
