@@ -43,6 +43,8 @@ def path(name: str | os.PathLike[str]) -> Path:
       f"{text} is no folder, and of buckets only gs://... can be written into: "
       "mount this one, or give a folder"
     )
+  if not text.removeprefix(_BUCKET).strip("/"):
+    raise UserError(f"{text} names no bucket: give gs://BUCKET/NAME")
   if importlib.util.find_spec("gcsfs") is None:
     raise UserError(
       f"{text} needs the package gcsfs, which is not installed: "

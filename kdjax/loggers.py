@@ -8,6 +8,8 @@ value is called with `(step, metrics)` as training goes on:
       with open(folder.name + ".txt", "a") as file:
         yield lambda step, metrics: print(step, metrics, file=file)
 
+A folder in a bucket (`gs://...`) has pathlib's methods too.
+
 `python -m kdjax.train --logger=MODULE:logger` opens it for every phase that
 trains, on process 0 alone, and closes it however the phase ends.
 """

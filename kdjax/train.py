@@ -181,6 +181,8 @@ def _run(argv: Sequence[str]) -> int:
     # Seeds and restarts run the same programs: compile each of them once.
     cache = files.absolute(folder) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    if files.in_bucket(folder):  # what XLA keeps beside them needs a disk
+      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   try:
     found = train(config, workdir, opens)
   except errors.UserError:

@@ -67,6 +67,11 @@ def test_other_stores_are_refused(store):
     files.path(store)
 
 
+def test_a_bucket_needs_a_name():
+  with pytest.raises(UserError, match="gs:// names no bucket"):
+    files.path("gs://")
+
+
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"gcsfs.*pip install 'kdjax\[gcs\]'"):
