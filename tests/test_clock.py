@@ -117,6 +117,8 @@ def test_what_takes_longer_than_a_step_must_move_too(what):
   with clock.at("steps"):
     time.passes(590)
     with clock.at(what):  # what went before is not held against it
+      time.passes(590)
+      dog.look()
       for _ in clock.signs(range(3)):
         time.passes(590)
         dog.look()
