@@ -169,6 +169,9 @@ def distill(
   """
   clock = Clock()
   health.check_settings(on_nan, profile, hang_minutes)
+  if folder is not None:
+    folder = files.path(folder)
+    files.check(folder)
   mesh = mesh or parallel.make_mesh()
   layout = layout or fused.over(mesh)
   optimizer = optimizer or optax.adamw(1e-3)
@@ -234,7 +237,7 @@ def distill(
     told_to_stop = stack.enter_context(preemption.watched())
     if folder is not None:
       saver = checkpoint.Checkpointer(
-        files.path(folder) / "checkpoints",
+        folder / "checkpoints",
         keep_last=keep_last,
         keep_best=keep_best,
         metric="eval/nll" if evaluate_on is not None else None,
@@ -261,7 +264,7 @@ def distill(
     sinks: list[OnMetrics] = []
     writer = None
     if folder is not None and processes.lead():
-      writer = Writer(files.path(folder), resume_step=start)
+      writer = Writer(folder, resume_step=start)
       sinks.append(stack.enter_context(writer))
     if on_metrics is not None and processes.lead():
       sinks.append(loggers.guarded(on_metrics))

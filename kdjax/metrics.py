@@ -32,6 +32,7 @@ class Writer:
     )
     assert self._events.file_writer is not None
     self._writer = self._events.file_writer
+    self.send()  # so that a bucket that refuses it does so now
 
   def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
     line = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}

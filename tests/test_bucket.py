@@ -15,10 +15,12 @@ from pathlib import Path
 import fake_gcs
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 from etils.epath import backend
 
+import kdjax
 from kdjax import checkpoint, train
 from kdjax.errors import UserError
 from kdjax.report.command import report as write_report
@@ -224,6 +226,22 @@ def test_a_bucket_that_refuses_is_one_line_before_the_first_step(
   assert line.startswith(f"kdjax: cannot reach {workdir}")
   assert told in line
   assert not store.names("bucket/forbidden")
+
+
+def test_distill_refuses_such_a_bucket_too(store):
+  """Before the first step, and makes none."""
+  given = dict(student=networks.bare(), train=[networks.batch()] * 3, steps=3)
+  with pytest.raises(UserError, match="specified bucket does not exist"):
+    kdjax.distill(folder="gs://nowhere/run", **given)
+  store.refuses = lambda method, name: method != "GET"
+  try:
+    with pytest.raises(UserError, match="does not have access"):
+      kdjax.distill(folder="gs://bucket/other", **given)
+  finally:
+    store.refuses = lambda method, name: False
+  assert not store.names("bucket/other")
+  kdjax.distill(folder="gs://bucket/other", **given)
+  assert checkpoint.steps("gs://bucket/other/checkpoints") == [3]
 
 
 def a_state(step):

@@ -96,8 +96,9 @@ def test_files_are_the_same_here_and_there(where, request):
 def test_metrics_come_with_each_save_and_at_the_end(bucket):
   path = bucket / "metrics.jsonl"
   with Writer(bucket) as write:
+    assert path.read_bytes() == b""
     write(1, {"loss": 1.0})
-    assert not path.exists()
+    assert last_step(path) == 0
     write.send()
     write(2, {"loss": 0.5})
     assert last_step(path) == 1
