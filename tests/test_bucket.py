@@ -64,7 +64,7 @@ def start(workdir, data_dir, processes=1):
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
-    # As a machine of Google's has it, and neither these nor a TPU are here.
+    # One device, not the eight of the tests.
     env={**os.environ, "XLA_FLAGS": ""},
   )
 
