@@ -1,13 +1,18 @@
-"""Where the wall time of a run goes, and when its last step ended."""
+"""Where the wall time of a run goes, and when it last moved."""
 
 import collections
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-# In these the next step is near; in all others nothing is to be expected.
+# In these the next step is near.
 STEPPING = ("steps", "input")
+# In these and those something is to be expected, in all others nothing.
+_MOVING = ("evaluation", "saving")
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -52,6 +57,12 @@ class Clock:
     self._ticked, self._sign = stepping, self._now()
     self.steps += 1
 
+  def signs(self, items: Iterable[T]) -> Iterator[T]:
+    """The same items; that one is there is a sign that something moves."""
+    for item in items:
+      self._sign = self._now()
+      yield item
+
   def read(self) -> dict[str, float]:
     """Seconds by what the host was at until now; together the wall time."""
     running = {self.doing: self._now() - self._since}
@@ -61,8 +72,12 @@ class Clock:
     }
 
   def overdue(self) -> tuple[float, float] | None:
-    """How long no step has ended, and the median step; None amid else."""
-    if self.doing not in STEPPING:
+    """How long nothing has moved, and the median step; None amid else.
+
+    Among steps that is since the last one ended; in an evaluation since it
+    began or took a batch, in a save since it began to be waited for.
+    """
+    if self.doing not in (*STEPPING, *_MOVING):
       return None
     # A copy: this is asked from another thread.
     durations = list(self._durations)
@@ -73,6 +88,6 @@ class Clock:
     now = self._now()
     spent = self._seconds.get(self.doing, 0.0)
     self._seconds[self.doing] = spent + now - self._since
-    if self.doing not in STEPPING:
+    if not {self.doing, what} <= {*STEPPING}:
       self._sign = now
     self.doing, self._since = what, now

@@ -16,7 +16,7 @@ images `image_<row>`, uint8 [h, w, c], those where the network is worst, and
 `class_names` where the data set has them.
 """
 
-import os
+import io
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kdjax import files
 from kdjax.errors import UserError
 
 NAME = "examples.npz"
@@ -39,13 +40,9 @@ Facts = Mapping[str, np.ndarray]
 
 def write(path: Path, facts: Facts) -> None:
   """Whole or not at all, whatever kills the process."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  with part.open("wb") as file:
-    np.savez_compressed(file, allow_pickle=False, **facts)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
+  whole = io.BytesIO()
+  np.savez_compressed(whole, allow_pickle=False, **facts)
+  files.write(path, whole.getvalue())
 
 
 def read(path: Path) -> dict[str, np.ndarray] | None:
@@ -55,7 +52,8 @@ def read(path: Path) -> dict[str, np.ndarray] | None:
     UserError: the file is damaged.
   """
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    whole = io.BytesIO(path.read_bytes())
+    with np.load(whole, allow_pickle=False) as arrays:
       return dict(arrays)
   except FileNotFoundError:
     return None

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdjax import files
 from kdjax.clock import Clock
-from kdjax.metrics import write_json
 
 
 def account(
@@ -70,14 +70,14 @@ class Goodput:
     now: Callable[[], float] = time.time,
   ):
     self._clock, self._now = clock, now
-    self._path = None if folder is None else Path(folder) / "goodput.json"
+    self._path = None if folder is None else files.path(folder) / "goodput.json"
     self._earlier = {} if self._path is None else _read(self._path)
 
   def write(self) -> str:
     """Brings the file up to now; returns its line."""
     found = account(self._clock, self._earlier, self._now())
     if self._path is not None:
-      write_json(self._path, found)
+      files.write_json(self._path, found)
     return line(found)
 
 

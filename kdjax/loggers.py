@@ -8,6 +8,8 @@ value is called with `(step, metrics)` as training goes on:
       with open(folder.name + ".txt", "a") as file:
         yield lambda step, metrics: print(step, metrics, file=file)
 
+A folder in a bucket (`gs://...`) has pathlib's methods too.
+
 `python -m kdjax.train --logger=MODULE:logger` opens it for every phase that
 trains, on process 0 alone, and closes it however the phase ends.
 """
@@ -22,8 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax import errors, processes
-from kdjax.metrics import last_step, write_json
+from kdjax import errors, files, processes
+from kdjax.metrics import last_step
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 Logger = Callable[
@@ -87,17 +89,17 @@ def wandb_run(
     sent = last_step(folder / "metrics.jsonl")
   else:
     key = uuid.uuid4().hex[:8]
-    write_json(path, {"id": key})
-  workdir = folder.resolve().parents[1]
+    files.write_json(path, {"id": key})
+  place = files.absolute(folder)
   run = api.init(
     project=project,
     id=key,
     resume="allow",
-    name="/".join(folder.resolve().parts[-3:]),
-    group=workdir.name,
+    name="/".join(place.parts[-3:]),
+    group=place.parents[1].name,
     job_type=folder.name,
     config=dict(config),
-    dir=str(folder),
+    dir=None if files.in_bucket(folder) else str(folder),
     # What the terminal shows stays as it is.
     settings=api.Settings(console="off", quiet=True),
   )

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 from kdjax import (
   checkpoint,
   errors,
+  files,
   health,
   loggers,
   losses,
@@ -138,8 +139,9 @@ def distill(
       trained and for what is frozen.
     layout: as for `make_train_step`; default, `fused.over(mesh)`.
     show_sharding: show a table of what is split how.
-    folder: for checkpoints and metrics; started again with the same one, the
-      run goes on where it was. None writes nothing.
+    folder: for checkpoints and metrics, in a bucket too (`gs://...`); started
+      again with the same one, the run goes on where it was. None writes
+      nothing.
     save_every: steps between evaluations and checkpoints.
     save_minutes: between checkpoints at other steps, without evaluation; 0
       makes none.
@@ -149,8 +151,8 @@ def distill(
       "stop" ends the run; "skip" leaves the state as it was, on the device,
       and goes on to the next batch (`health`).
     profile: steps to trace into `<folder>/profile`; 0 traces none.
-    hang_minutes: end the process when no step has ended for so long
-      (`watchdog`); 0 never ends it.
+    hang_minutes: end the process when for so long no step has ended, or no
+      batch of an evaluation, or no save (`watchdog`); 0 never ends it.
     on_metrics: called with the step and its metrics, on process 0 alone; once
       more where the step is evaluated, with the `eval/<metric>`. After a kill
       the steps since the last checkpoint come again, the same to the bit.
@@ -167,6 +169,9 @@ def distill(
   """
   clock = Clock()
   health.check_settings(on_nan, profile, hang_minutes)
+  if folder is not None:
+    folder = files.path(folder)
+    files.check(folder)
   mesh = mesh or parallel.make_mesh()
   layout = layout or fused.over(mesh)
   optimizer = optimizer or optax.adamw(1e-3)
@@ -232,7 +237,7 @@ def distill(
     told_to_stop = stack.enter_context(preemption.watched())
     if folder is not None:
       saver = checkpoint.Checkpointer(
-        Path(folder) / "checkpoints",
+        folder / "checkpoints",
         keep_last=keep_last,
         keep_best=keep_best,
         metric="eval/nll" if evaluate_on is not None else None,
@@ -257,8 +262,9 @@ def distill(
         note(opening.memory(plan, head, settings or {}))
         of_step = placed.flops(mesh, rows)
     sinks: list[OnMetrics] = []
+    writer = None
     if folder is not None and processes.lead():
-      writer = Writer(Path(folder), resume_step=start)
+      writer = Writer(folder, resume_step=start)
       sinks.append(stack.enter_context(writer))
     if on_metrics is not None and processes.lead():
       sinks.append(loggers.guarded(on_metrics))
@@ -266,10 +272,12 @@ def distill(
     if evaluate_on is not None:
       other = placed.teacher if goal.comparable else None
       run = make_evaluate(placed.student, other, mesh, layout)
-      test = _test(run, evaluate_on, frozen, teacher_of, student_of)
+      test = _test(run, evaluate_on, frozen, teacher_of, student_of, clock)
     account = Goodput(clock, folder if processes.lead() else None)
     meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
     stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
+    if saver is not None:  # first of all, so that the wait for it is watched
+      stack.callback(_close, saver, clock)
     with clock.at("steps"):
       state, last = stepping.run(
         state,
@@ -283,7 +291,7 @@ def distill(
         save_clock=SaveClock(save_minutes if saver is not None else 0),
         told_to_stop=told_to_stop,
         evaluate=test,
-        save=saver and _save(saver, feed, facts, account),
+        save=saver and _save(saver, feed, facts, writer, account),
       )
       if saver is not None:
         with clock.at("saving"):
@@ -292,7 +300,8 @@ def distill(
       bar.close()
       note(account.write())
     if not last and test is not None:
-      last = test(state)
+      with clock.at("evaluation"):
+        last = test(state)
   return Distilled(state, last)
 
 
@@ -349,10 +358,16 @@ def _restore(
   return restored.step, restored.state, restored.position
 
 
+def _close(saver: checkpoint.Checkpointer, clock: Clock) -> None:
+  with clock.at("saving"):
+    saver.close()
+
+
 def _save(
   saver: checkpoint.Checkpointer,
   feed: Feed,
   facts: dict[str, Any],
+  writer: Writer | None,
   account: Goodput,
 ) -> stepping.Save:
   """Keeps a state, where the input stands, and the time it all took."""
@@ -360,6 +375,8 @@ def _save(
   def save(
     step: int, state: TrainState, metrics: dict[str, float] | None
   ) -> None:
+    if writer is not None:  # first: the run may go on from this checkpoint
+      writer.send()
     saver.save(
       step, state, position=feed.position, facts=facts, metrics=metrics
     )
@@ -374,12 +391,13 @@ def _test(
   frozen: PyTree,
   teacher_of: TeacherOf,
   student_of: StudentOf,
+  clock: Clock,
 ) -> Callable[[TrainState], dict[str, float]]:
   """A state -> its `eval/<metric>`."""
 
   def test(state: TrainState) -> dict[str, float]:
     whole = student_of(state.params, frozen), state.stats
-    got = run(whole, teacher_of(state, frozen), batches)
+    got = run(whole, teacher_of(state, frozen), clock.signs(batches))
     return {f"eval/{name}": value for name, value in got.items()}
 
   return test

@@ -2,22 +2,31 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+<<<<<<< HEAD
+=======
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
+
+from kdjax import files
+
+NAME = "metrics.jsonl"
+
+>>>>>>> buckets
 
 class Writer:
   """Writes `{name: number}` of a step to `metrics.jsonl` and TensorBoard.
 
   What an interrupted run wrote after the step it resumes from is dropped, so a
   file holds every step once. A number that is not finite is null in the one and
-  absent from the other.
+  absent from the other. In a bucket it is there from the next `send` on.
   """
 
   def __init__(self, folder: Path, *, resume_step: int = 0):
+<<<<<<< HEAD
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     _drop_after(path, resume_step)
@@ -27,11 +36,18 @@ class Writer:
     from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
     self._summary = Summary
+=======
+    self._staged = files.Staged(folder)
+    here = self._staged.here
+    files.write(here / NAME, _until(folder / NAME, resume_step))
+    self._jsonl = (here / NAME).open("a")
+>>>>>>> buckets
     self._events = SummaryWriter(
-      str(folder / "tensorboard"), purge_step=resume_step + 1
+      str(here / "tensorboard"), purge_step=resume_step + 1
     )
     assert self._events.file_writer is not None
     self._writer = self._events.file_writer
+    self.send()  # so that a bucket that refuses it does so now
 
   def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
     line = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
@@ -48,6 +64,11 @@ class Writer:
     )
     self._writer.add_summary(summary, step)
 
+  def send(self) -> None:
+    """Brings all until now to the bucket, where the folder is one's."""
+    self._events.flush()
+    self._staged.send()
+
   def __enter__(self) -> "Writer":
     return self
 
@@ -59,18 +80,7 @@ class Writer:
   ) -> None:
     self._jsonl.close()
     self._events.close()
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Whole or not at all, whatever kills the process."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  with part.open("w") as file:
-    json.dump(value, file, indent=2)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
+    self._staged.close()
 
 
 def last_step(path: Path) -> int:
@@ -79,17 +89,15 @@ def last_step(path: Path) -> int:
   return max((step for line in lines if (step := _step(line))), default=0)
 
 
-def _drop_after(path: Path, step: int) -> None:
-  if not path.exists():
-    return
+def _until(path: Path, step: int) -> bytes:
+  """The lines of a `metrics.jsonl` up to a step."""
+  lines = path.read_text().splitlines() if path.exists() else []
   kept = [
     line + "\n"
-    for line in path.read_text().splitlines()
+    for line in lines
     if (at := _step(line)) is not None and at <= step
   ]
-  part = path.with_name(path.name + ".part")
-  part.write_text("".join(kept))
-  part.replace(path)
+  return "".join(kept).encode()
 
 
 def _step(line: str) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kdjax import errors, processes
+from kdjax import errors, files, processes
 
 # The first steps fill caches and queues.
 WARM_UP = 3
@@ -44,7 +44,7 @@ class Profile:
         f"profile is {num_steps} and there is no folder: give one for the "
         "trace, or set profile to 0"
       )
-    self._folder = Path(folder or ".") / "profile"
+    self._folder = files.path(folder or ".") / "profile"
     self._note, self._running = note, False
     spare = max(steps - start - num_steps, 0)
     self._first = start + 1 + min(WARM_UP, spare)
@@ -53,7 +53,8 @@ class Profile:
 
   def before(self, step: int) -> None:
     if self._wanted and step == self._first:
-      jax.profiler.start_trace(self._folder)
+      self._staged = files.Staged(self._folder)
+      jax.profiler.start_trace(self._staged.here)
       self._running = True
 
   def after(self, step: int, measured: Any) -> None:
@@ -70,3 +71,4 @@ class Profile:
     if self._running:
       self._running = False
       jax.profiler.stop_trace()
+      self._staged.close()

@@ -45,9 +45,9 @@ from kdjax import (
   chips,
   commands,
   errors,
+  files,
   health,
   memory_plan,
-  metrics,
   parallel,
 )
 from kdjax.experiment import experiment, phases
@@ -377,7 +377,7 @@ def _run(argv: Sequence[str]) -> int:
   )
   print(table(figures))
   if given["json"]:
-    metrics.write_json(Path(given["json"]), content(figures))
+    files.write_json(Path(given["json"]), content(figures))
   return 0
 
 

@@ -123,7 +123,8 @@ def run(
       if pending is not None:
         report.update(*pending)
       new = step > start + 1
-      _leave(step - 1, state, save, report.name, new=new)
+      with clock.at("saving"):
+        _leave(step - 1, state, save, report.name, new=new)
     profile.before(step)
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
       with clock.at("input"):

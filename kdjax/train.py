@@ -5,7 +5,8 @@
   --config=FILE[:ARG]   a config file; `configs/digits.py:smoke` takes seconds
   --config.NAME=VALUE   another value for one of its keys, such as
                         --config.alpha=0.5 or --config.phases.alone.steps=900
-  --workdir=FOLDER      for checkpoints, metrics and results.json
+  --workdir=FOLDER      for checkpoints, metrics and results.json; in a bucket
+                        too, as gs://BUCKET/NAME (needs kdjax[gcs])
   --wandb=PROJECT       send the metrics to Weights & Biases too
   --logger=MODULE:NAME  or to a logger of your own: see kdjax.loggers
   --help                this text
@@ -28,10 +29,10 @@ message explains, 75 another process of the run was lost, 76 no step for
 noticed. After 75 and above, start again.
 """
 
+import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,13 +41,14 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from etils import epath
 
 import kdjax.config as configuration
 from kdjax import (
   commands,
   errors,
+  files,
   loggers,
-  metrics,
   preemption,
   processes,
   progress,
@@ -86,7 +88,8 @@ def train(
     UserError: for mistakes in the config, the data or the folder.
   """
   configuration.check_keys(config)
-  workdir = Path(workdir)
+  workdir = files.path(workdir)
+  files.check(workdir)
   quiet = not processes.lead()
   with progress.at("kdjax", "reading data, checking the config", quiet=quiet):
     checked = experiment(config)
@@ -102,7 +105,7 @@ def train(
     raise
   found = results.summary(runs)
   if processes.lead():
-    metrics.write_json(workdir / "results.json", found)
+    files.write_json(workdir / "results.json", found)
   return found
 
 
@@ -116,9 +119,14 @@ def _claim(workdir: Path, config: Any) -> bool:
     UserError: it is another config's, or it cannot be written into.
   """
   try:
+<<<<<<< HEAD
     new = not (workdir / "config.json").exists()
     _write_config(workdir, config)
     return new
+=======
+    with files.reaching(workdir):
+      _write_config(workdir, config)
+>>>>>>> buckets
   except OSError as error:
     raise errors.UserError(
       f"cannot write into --workdir {workdir} ({error.strerror}): use another"
@@ -156,7 +164,7 @@ def _write_config(workdir: Path, config: Any) -> None:
     raise errors.UserError(
       f"{workdir} is not empty and has no config.json: use a new --workdir"
     )
-  metrics.write_json(path, ours)
+  files.write_json(path, ours)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -171,6 +179,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
   given = _arguments(argv)
   config, workdir = given.config, given.workdir
+  folder = files.path(workdir)
   opens = [loggers.wandb(given.wandb)] if given.wandb else []
   opens += [loggers.named(given.logger)] if given.logger else []
   place = processes.find(
@@ -186,12 +195,15 @@ def _run(argv: Sequence[str]) -> int:
       start_seconds=given.start_seconds,
       lost_seconds=given.lost_seconds,
     )
-  folders = Path(workdir) / "compiled", Path(workdir)
-  new = [folder for folder in folders if not folder.exists()]
+  files.check(folder)
+  with files.reaching(folder):
+    new = [p for p in (folder / "compiled", folder) if not p.exists()]
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Seeds and restarts run the same programs: compile each of them once.
-    folder = Path(workdir).absolute() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    cache = files.absolute(folder) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if files.in_bucket(folder):  # what XLA keeps beside them needs a disk
+      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   try:
     found = train(config, workdir, opens)
   except errors.UserError:
@@ -220,7 +232,8 @@ def _leave_nothing(new: Sequence[Path]) -> None:
     return
   for folder in new:
     if folder.name == "compiled":
-      shutil.rmtree(folder, ignore_errors=True)
+      with contextlib.suppress(OSError):
+        epath.Path(folder).rmtree(missing_ok=True)
     elif folder.exists() and not any(folder.iterdir()):
       folder.rmdir()
 
@@ -248,6 +261,7 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
     for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
       flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
 
+<<<<<<< HEAD
   values = configuration.arguments(argv, define, "workdir")
   given = _Arguments(**values)
   if "://" in given.workdir:
@@ -256,6 +270,11 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
       "mount the bucket (gcsfuse), or give a disk that all machines see"
     )
   return given
+=======
+  values = configuration.arguments(argv, define)
+  commands.require(values, "workdir")
+  return _Arguments(**values)
+>>>>>>> buckets
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
-from kdjax.clock import Clock
+from kdjax.clock import STEPPING, Clock
 
 # sysexits.h's EX_PROTOCOL: the other side did not answer.
 EXIT_CODE = 76
@@ -20,17 +20,17 @@ class Watchdog:
   """A thread that looks at the clock while `with` lasts.
 
   When no step has ended for max(`FLOOR`, `TIMES` · median step) seconds, it
-  notes once where the thread that made it stands. Compilation, evaluation and
-  saving are no steps, and take as long as they take: the clock is told of
-  them.
+  notes once where the thread that made it stands. An evaluation and a save take
+  longer than a step, and are not told of; but they too must move. Compilation
+  and all else take as long as they take: the clock is told of them.
 
   Args:
     clock: of the run.
     note: shows a line, or several.
-    hang_minutes: without a step for this long the process ends with
-      `EXIT_CODE`, every thread's stack on stderr: a lost peer is otherwise
-      waited for without end. Nothing is saved; the last checkpoint stays. 0
-      never ends it.
+    hang_minutes: without a step, a batch of an evaluation or the end of a save
+      for this long the process ends with `EXIT_CODE`, every thread's stack on
+      stderr: a lost peer is otherwise waited for without end. Nothing is saved;
+      the last checkpoint stays. 0 never ends it.
     leave: ends the process.
   """
 
@@ -72,7 +72,9 @@ class Watchdog:
     waited, median = overdue
     if self._limit and waited > self._limit:
       self._end(waited)
-    if waited > max(FLOOR, TIMES * median) and self._noted != steps:
+    stepping = self._clock.doing in STEPPING
+    late = waited > max(FLOOR, TIMES * median)
+    if stepping and late and self._noted != steps:
       self._noted = steps
       frame = sys._current_frames().get(self._of)
       stack = "".join(traceback.format_stack(frame)) if frame else ""
@@ -82,8 +84,12 @@ class Watchdog:
       )
 
   def _end(self, waited: float) -> None:
+    what = {
+      "evaluation": "no batch of the evaluation has come",
+      "saving": "no save has ended",
+    }.get(self._clock.doing, "no step has ended")
     print(
-      f"kdjax: no step has ended for {waited / 60:.3g} minutes, at "
+      f"kdjax: {what} for {waited / 60:.3g} minutes, at "
       f"{self._clock.doing} (hang_minutes is {self._limit / 60:.3g}): this "
       f"process ends with code {EXIT_CODE}. Another process of the run may be "
       "lost; started again, it goes on from its last checkpoint",

@@ -13,8 +13,9 @@ NAME=kdjax
 ZONE=us-east5-b
 TYPE=v6e-16                  # 4 machines of 4 chips
 RUNTIME=v2-alpha-tpuv6e
-DISK=10.0.0.2:/runs          # a Filestore share, seen by all machines as /runs
-WORKDIR=/runs/cifar100
+DISK=10.0.0.2:/runs          # a Filestore share, seen by all machines as /runs;
+                             # empty where WORKDIR is in a bucket
+WORKDIR=/runs/cifar100       # or gs://BUCKET/cifar100
 TRAIN=(python -m kdjax.train --config=configs/cifar100/pair.py
   "--workdir=$WORKDIR")
 
@@ -45,14 +46,16 @@ install() {
   tpu tpu-vm scp "$archive" "$NAME:kdjax.tar.gz" --worker=all
   # The image's Python is older than 3.11.
   on all "set -e
-    sudo apt-get install -qq -y nfs-common
-    sudo mkdir -p /runs
-    mountpoint -q /runs || sudo mount -t nfs $DISK /runs
+    if [ -n '$DISK' ]; then
+      sudo apt-get install -qq -y nfs-common
+      sudo mkdir -p /runs
+      mountpoint -q /runs || sudo mount -t nfs $DISK /runs
+    fi
     sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled'
     mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax
     python3 -m pip install --quiet --user uv
     test -d venv || ~/.local/bin/uv venv --quiet --python 3.12 venv
-    ~/.local/bin/uv pip install --quiet --python venv/bin/python './kdjax[tpu]'"
+    ~/.local/bin/uv pip install --quiet --python venv/bin/python './kdjax[tpu,gcs]'"
 }
 
 # Detached, so that it outlives this connection; the lock makes a second start
@@ -69,6 +72,14 @@ if [[ ${1:-} == delete ]]; then
   delete
   exit
 fi
+
+finished() {
+  if [[ $WORKDIR == gs://* ]]; then
+    gcloud storage ls "$WORKDIR/results.json" > /dev/null 2>&1
+  else
+    on 0 "test -f $WORKDIR/results.json"
+  fi
+}
 
 running=no
 while true; do
@@ -89,7 +100,7 @@ while true; do
         case $code in
           '') ;; # still at it, or not reachable just now
           0)
-            if ! on 0 "test -f $WORKDIR/results.json"; then # SIGTERM, saved
+            if ! finished; then # SIGTERM, saved
               start || running=no
               continue
             fi

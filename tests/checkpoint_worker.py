@@ -78,6 +78,24 @@ def save(folder, mesh):
     return {"steps": saver.steps, "fingerprint": found}
 
 
+def apart(folder, mesh):
+  """Each process's input stands elsewhere."""
+  from kdjax import checkpoint
+
+  with checkpoint.Checkpointer(folder) as saver:
+    saver.save(1, state(1, mesh), position={"at": jax.process_index()})
+  return restore(folder, mesh)
+
+
+def alone(folder, mesh):
+  from kdjax import checkpoint, errors
+
+  try:
+    checkpoint.restore(folder, state(0, mesh))
+  except errors.UserError as error:
+    return {"told": str(error)}
+
+
 def restore(folder, mesh, again=False):
   from kdjax import checkpoint
 

@@ -82,6 +82,14 @@ def test_another_number_of_processes(saved, processes, devices, shape):
 
 
 @pytest.mark.slow
+def test_inputs_that_stand_apart_go_on_each_from_its_own(tmp_path):
+  found = run("apart", [tmp_path] * 2, 1, (2, 1))
+  assert [one["position"] for one in found] == [{"at": 0}, {"at": 1}]
+  (alone,) = run("alone", [tmp_path], 2, (2, 1))
+  assert "the inputs of 2 processes stood at positions" in alone["told"]
+
+
+@pytest.mark.slow
 def test_what_one_cannot_read_none_uses(saved, tmp_path):
   """Process 1 reads of a copy in which a file is cut short."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"

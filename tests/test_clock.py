@@ -59,7 +59,7 @@ def test_times_are_told_apart_and_add_up():
   assert sum(clock.read().values()) == time.at - 100
 
 
-def test_only_among_steps_is_one_overdue():
+def test_overdue_is_what_should_move():
   time = Time()
   clock = Clock(time)
   time.passes(1000)
@@ -70,7 +70,10 @@ def test_only_among_steps_is_one_overdue():
     clock.tick()
     with clock.at("evaluation"):
       time.passes(500)
-      assert clock.overdue() is None
+      assert clock.overdue() == (500.0, 5.0)
+      for _ in clock.signs("ab"):
+        assert clock.overdue() == (0.0, 5.0)
+        time.passes(50)
     # What the evaluation took is not held against the step after it.
     assert clock.overdue() == (0.0, 5.0)
     with clock.at("input"):
@@ -106,6 +109,26 @@ def test_one_note_for_one_stall(monkeypatch):
   assert "test_one_note_for_one_stall" in notes[0]
 
 
+@pytest.mark.parametrize("what", ["evaluation", "saving"])
+def test_what_takes_longer_than_a_step_must_move_too(what):
+  time, notes, left = Time(), [], []
+  clock = Clock(time)
+  dog = Watchdog(clock, notes.append, hang_minutes=10, leave=left.append)
+  with clock.at("steps"):
+    time.passes(590)
+    with clock.at(what):  # what went before is not held against it
+      time.passes(590)
+      dog.look()
+      for _ in clock.signs(range(3)):
+        time.passes(590)
+        dog.look()
+      assert not left
+      time.passes(11)
+      dog.look()
+  assert not notes
+  assert left == [watchdog.EXIT_CODE]
+
+
 STUCK = """
 import sys, threading
 sys.path[:0] = ["tests", "."]
@@ -115,10 +138,31 @@ from kdjax import parallel, watchdog
 
 watchdog.FLOOR = 0.3
 
+where, folder, minutes = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
 def train():
-  for n in range(4):
+  for n in range(9):
+    if n == 4 and where == "input":
+      stuck_for_ever()
     yield networks.batch(16, seed=n)
-  stuck_for_ever()
+
+class HeldOut:
+  times = 0
+  def __iter__(self):
+    self.times += 1
+    if self.times == 3:
+      stuck_for_ever()
+    for _ in range(8):  # in all longer than hang_minutes
+      threading.Event().wait(1)
+      yield networks.batch(16, seed=77)
+
+def save(self, step, *given, save=kdjax.checkpoint.Checkpointer.save, **more):
+  if step == 6:
+    stuck_for_ever()
+  return save(self, step, *given, **more)
+
+if where == "saving":
+  kdjax.checkpoint.Checkpointer.save = save
 
 def stuck_for_ever():
   threading.Event().wait()
@@ -126,18 +170,19 @@ def stuck_for_ever():
 kdjax.distill(
   student=networks.bare(),
   train=train(),
+  evaluate_on=HeldOut() if where == "evaluation" else None,
   steps=9,
   mesh=parallel.make_mesh(1),
-  hang_minutes=0.03,
-  folder=sys.argv[1],
+  hang_minutes=minutes,
+  folder=folder,
   save_every=2,
 )
 """
 
 
-def test_a_stuck_process_says_where_and_ends(tmp_path):
+def stuck(where, folder, minutes):
   done = subprocess.run(
-    [sys.executable, "-c", STUCK, tmp_path / "run"],
+    [sys.executable, "-c", STUCK, where, folder, str(minutes)],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -145,26 +190,36 @@ def test_a_stuck_process_says_where_and_ends(tmp_path):
     check=False,
   )
   assert done.returncode == watchdog.EXIT_CODE == 76, done.stderr
-  assert done.stderr.count("the host is here") == 1
   assert "in stuck_for_ever" in done.stderr
-  assert "(hang_minutes is 0.03): this process ends with code 76" in done.stderr
-  assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+  assert f"(hang_minutes is {minutes}): this process ends" in done.stderr
+  assert (folder / "checkpoints" / "4").is_dir()
+  return done.stderr
+
+
+def test_a_stuck_process_says_where_and_ends(tmp_path):
+  said = stuck("input", tmp_path / "run", 0.03)
+  assert said.count("the host is here") == 1
+  assert "no step has ended for" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("where", "told"),
+  [
+    ("evaluation", "no batch of the evaluation has come for"),
+    ("saving", "no save has ended for"),
+  ],
+)
+def test_a_stuck_evaluation_or_save_ends_the_process(tmp_path, where, told):
+  assert told in stuck(where, tmp_path / "run", 0.1)
 
 
 def test_a_run_that_moves_is_left_alone(monkeypatch, capfd):
-  """Evaluation and the first compilation take longer than the limits."""
+  """The first compilation takes longer than the note's limit."""
   monkeypatch.setattr(watchdog, "FLOOR", 0.2)
   monkeypatch.setattr(watchdog, "TIMES", 1e9)
-
-  class Slow(list):
-    def __iter__(self):
-      watchdog.threading.Event().wait(0.6)
-      return super().__iter__()
-
-  held_out = Slow([networks.batch(16, seed=77)])
-  run(
-    batches(), evaluate_on=held_out, quiet=False, hang_minutes=0.5 / 60, steps=2
-  )
+  held_out = [networks.batch(16, seed=77)]
+  run(batches(), evaluate_on=held_out, quiet=False, hang_minutes=1, steps=2)
   assert "no step" not in capfd.readouterr().err
 
 

@@ -228,7 +228,7 @@ MISTAKES = [
     [f"--config={ROOT}/configs/cifar100/pair.py:foo", RUN],
     "got the pair 'foo', needs TEACHER-STUDENT",
   ),
-  ("train", [DIGITS, "--workdir=gs://b/run"], "is a bucket's address, must be"),
+  ("train", [DIGITS, "--workdir=s3://b/run"], "of buckets only gs://... can"),
   ("train", [DIGITS, RUN, "--processes=2"], "give all three or none"),
   ("train", [DIGITS, RUN, "--process=1"], "give all three or none"),
   ("train", [DIGITS, RUN, "--processes=two"], "flag --processes=two: invalid"),

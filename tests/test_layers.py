@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "kdjax"
 # One row may import the rows above it, and files of its own package.
 ROWS = [
   {"errors"},
-  {"commands"},
+  {"commands", "files"},
   {"types", "convolution", "pins", "processes", "launch"},
   {
     "losses",

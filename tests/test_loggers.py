@@ -257,7 +257,7 @@ class Experiment:
   def stored(self, variables):
     return variables
 
-  def measure(self, phase, variables, frozen):
+  def measure(self, phase, variables, frozen, signs):
     return {}, {}
 
 
@@ -265,7 +265,30 @@ def kdjax_config(steps):
   from ml_collections import ConfigDict
 
   phases_of = {name: {"steps": n} for name, n in steps.items()}
-  return ConfigDict({"seed": 3, "phases": phases_of})
+  return ConfigDict({"seed": 3, "phases": phases_of, "hang_minutes": 7.0})
+
+
+def test_what_is_measured_between_phases_is_watched(tmp_path, monkeypatch):
+  made, seen = [], []
+
+  class Watchdog(phases.Watchdog):
+    def __init__(self, clock, note, *, hang_minutes):
+      super().__init__(clock, note, hang_minutes=hang_minutes)
+      made.append((clock, hang_minutes))
+
+  class Measured(Experiment):
+    def measure(self, phase, variables, frozen, signs):
+      clock, minutes = made[-1]
+      assert signs == clock.signs
+      seen.append((phase, clock.doing, minutes))
+      return {}, {}
+
+  monkeypatch.setattr(phases, "Watchdog", Watchdog)
+  phases.run(Measured(), tmp_path, 3)
+  assert seen == [
+    ("teacher", "evaluation", 7.0),
+    ("alone", "evaluation", 7.0),
+  ]
 
 
 def test_every_phase_that_trains_has_its_own(tmp_path):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from kdjax.metrics import Writer, last_step, write_json
+from kdjax.files import write_json
+from kdjax.metrics import Writer, last_step
 
 
 def lines(path):

@@ -162,7 +162,7 @@ def test_commands_name_configs_and_keys_that_exist(name, command, monkeypatch):
   monkeypatch.chdir(ROOT)
   arguments = shlex.split(command.removeprefix("python -m "))
   given = train._arguments(arguments)
-  assert given.workdir.startswith("runs/")
+  assert given.workdir.startswith(("runs/", "gs://BUCKET/"))
   config.check_keys(given.config)
   config.goal(given.config)
 

@@ -557,12 +557,12 @@ def test_no_arguments_show_the_help(capsys):
   assert "--config is missing" in capsys.readouterr().err
 
 
-def test_a_buckets_address_is_refused_before_anything_is_made(
+def test_another_store_is_refused_before_anything_is_made(
   tmp_path, monkeypatch, data_dir, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  assert run("digits.py:smoke", "gs://bucket/run", data_dir) == 2
+  assert run("digits.py:smoke", "s3://bucket/run", data_dir) == 2
   said = capsys.readouterr().err
   assert said.count("\n") == 1
-  assert "gs://bucket/run is a bucket's address, must be a folder" in said
-  assert not (tmp_path / "gs:").exists()
+  assert "s3://bucket/run is no folder, and of buckets only gs://" in said
+  assert not (tmp_path / "s3:").exists()

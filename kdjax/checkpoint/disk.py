@@ -1,4 +1,4 @@
-"""A disk that is full or forbidden, told to the user and to the processes."""
+"""A disk or bucket that refuses, told to the user and to the processes."""
 
 import errno
 import itertools
@@ -12,7 +12,8 @@ import jax
 from etils import epath
 from jax._src import distributed  # JAX has no public way to its key-value store
 
-from kdjax.errors import UserError
+from kdjax import files
+from kdjax.errors import UserError, in_line
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _FORBIDDEN = {
@@ -55,10 +56,13 @@ def trouble(
       f"cannot write into {directory} ({os.strerror(number)}): give a folder "
       "that can be written into"
     )
+  remedy = "make room"
   if isinstance(error, SaveFailed):
-    why = str(error)
+    why, remedy = str(error), "see there"
   elif number in _FULL:
     why = os.strerror(number)
+  elif why := _said_by_store(error, directory):
+    remedy = "mend that"
   else:
     return None
   kept = (
@@ -68,7 +72,7 @@ def trouble(
   )
   return UserError(
     f"cannot save step {step} into {directory} ({why}): its arrays take "
-    f"{size / 1e6:,.1f} MB{_free(directory)}; {kept}: make room, and the same "
+    f"{size / 1e6:,.1f} MB{_free(directory)}; {kept}: {remedy}, and the same "
     "command goes on from it"
   )
 
@@ -128,6 +132,16 @@ def _number(error: BaseException) -> int:
   # TensorStore raises a ValueError: "... File too large [os_error_code='27']".
   found = re.search(r"os_error_code='(\d+)'", str(error))
   return int(found[1]) if found else 0
+
+
+def _said_by_store(error: BaseException, directory: epath.Path) -> str:
+  """Why a bucket was not written into, "" if that is not what went wrong."""
+  text = in_line(str(error))
+  # TensorStore raises a ValueError: "... [http_response_body='...".
+  of_store = files.refused(error) or "[http_response_" in text
+  if not (files.in_bucket(directory) and of_store):
+    return ""
+  return text.partition(" [http_response_")[0][:300]
 
 
 def _free(directory: epath.Path) -> str:

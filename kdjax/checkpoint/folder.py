@@ -7,7 +7,6 @@ returns a flipped byte as a value and does not look past a newest checkpoint
 that it cannot read (`newest` does).
 """
 
-import base64
 import contextlib
 import logging
 import math
@@ -97,8 +96,8 @@ class Checkpointer:
     Args:
       step: number of batches taken.
       state: arrays over any devices of any processes.
-      position: of the input, as JSON (keys become strings, tuples lists) or
-        bytes.
+      position: of this process's input, as JSON (keys become strings, tuples
+        lists) or bytes.
       facts: JSON; whatever a later run must compare, such as the teacher's
         fingerprint.
       metrics: name -> number, or None when nothing was evaluated.
@@ -121,11 +120,7 @@ class Checkpointer:
     values, records = arrays.to_save(state)
     meta = {
       "step": step,
-      "position": (
-        {"base64": base64.b64encode(position).decode()}
-        if isinstance(position, bytes)
-        else {"json": position}
-      ),
+      "position": newest.packed(position),
       "facts": dict(facts or {}),
       "metrics": metrics,
       "arrays": records,

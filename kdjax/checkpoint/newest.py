@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from kdjax import processes
+from kdjax import files, processes
 from kdjax.checkpoint import arrays
 from kdjax.errors import UserError
 from kdjax.types import Params, Stats, TrainState
@@ -64,16 +64,16 @@ def restore(
 
   Raises:
     UserError: there are checkpoints and all are damaged; or the newest sound
-      one was made by another network or optimizer.
+      one was made by another network or optimizer, or by another number of
+      processes whose inputs stood at positions of their own.
   """
   found = _newest(absolute(directory), like, None, note)
   if found is None:
     return None
   meta, state = found
-  position = meta["position"].get("json")
-  if "base64" in meta["position"]:
-    position = base64.b64decode(meta["position"]["base64"])
-  return Restored(meta["step"], state, position, meta["facts"])
+  return Restored(
+    meta["step"], state, _unpacked(meta["position"]), meta["facts"]
+  )
 
 
 def load_params(
@@ -197,6 +197,34 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
   return meta
 
 
+def packed(position: Position) -> dict[str, Any]:
+  """A position as JSON: that of all processes, or each one's own.
+
+  All processes must call it together.
+  """
+  own = {"json": position}
+  if isinstance(position, bytes):
+    own = {"base64": base64.b64encode(position).decode()}
+  each = processes.gather(own)
+  return own if all(other == each[0] for other in each) else {"each": each}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Position:
+  """This process's position."""
+  if "each" in packed:
+    each, count = packed["each"], jax.process_count()
+    if len(each) != count:
+      raise UserError(
+        f"the inputs of {len(each)} processes stood at positions of their own, "
+        f"which {count} cannot go on from: start {len(each)}, or give batches "
+        "whose position is one number for all, as those of kdjax.data"
+      )
+    packed = each[jax.process_index()]
+  if "base64" in packed:
+    return base64.b64decode(packed["base64"])
+  return packed.get("json")
+
+
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
   """`meta` as JSON gives it back, and a checksum of it."""
   text = json.dumps(json.loads(json.dumps(meta)), sort_keys=True)
@@ -204,7 +232,4 @@ def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def absolute(directory: str | os.PathLike[str]) -> epath.Path:
-  # `Path.absolute` would take a bucket's address for a relative path.
-  if "://" in os.fspath(directory):
-    return epath.Path(directory)
-  return epath.Path(os.path.abspath(os.path.expanduser(directory)))
+  return epath.Path(files.absolute(directory))

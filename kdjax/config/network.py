@@ -1,7 +1,6 @@
 """A config's networks, and the variables that they start from."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from kdjax import adapters, checkpoint, errors, models, parallel, pretrained
+from kdjax import (
+  adapters,
+  checkpoint,
+  errors,
+  files,
+  models,
+  parallel,
+  pretrained,
+)
 from kdjax.config.values import take_name
 from kdjax.types import Batch, Model, Variables
 
@@ -61,7 +68,7 @@ def loaded(
         f"drop_head is for pretrained weights, {path} is a run's folder: unset "
         "drop_head, or export the network first"
       )
-    inside = Path(path) / "checkpoints"
+    inside = files.path(path) / "checkpoints"
     return checkpoint.load_params(inside if inside.exists() else path, like)
   arguments = dict(config["model"])
   family = arguments.pop("name")

@@ -163,7 +163,7 @@ class ImageExperiment:
     return adapters.cast(params, dtype), stats
 
   def measure(
-    self, phase: str, variables: Variables, frozen: PyTree
+    self, phase: str, variables: Variables, frozen: PyTree, signs: phases.Signs
   ) -> tuple[dict[str, float], examples.Facts]:
     """Size, cost and quality of a phase's network on the held-out images."""
     network = {
@@ -181,7 +181,7 @@ class ImageExperiment:
         most=examples.MOST,
       )
     examine = self.evaluators[network]
-    metrics, facts = examine(variables, frozen, self.eval_batches)
+    metrics, facts = examine(variables, frozen, signs(self.eval_batches))
     deployed = simkd.deployed(variables)
     found = {
       "parameters": evaluate.num_parameters(deployed),

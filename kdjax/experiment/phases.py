@@ -1,6 +1,6 @@
 """The phases that every experiment has: teacher, student alone, distilled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,12 +19,17 @@ from kdjax import (
   processes,
   progress,
 )
+from kdjax.clock import Clock
 from kdjax.config import Optimizer
 from kdjax.loggers import Logger, OnMetrics
 from kdjax.losses import fused
 from kdjax.objective import Objective
 from kdjax.train_step import TrainStep, init_state, make_train_step
 from kdjax.types import Batch, Model, TrainState, Variables
+from kdjax.watchdog import Watchdog
+
+# The same batches, each of which is a sign that something moves.
+Signs = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
 class Experiment(Protocol):
@@ -37,7 +42,7 @@ class Experiment(Protocol):
       `finished` is read, and not evaluated on the way.
     stored: the teacher's variables as the student's phases read them.
     measure: what a phase's network comes to on held-out data, in all and on
-      each example.
+      each example; its batches go through `signs`.
   """
 
   config: Any
@@ -57,7 +62,7 @@ class Experiment(Protocol):
   def stored(self, variables: Variables) -> Variables: ...
 
   def measure(
-    self, phase: str, variables: Variables, frozen: PyTree
+    self, phase: str, variables: Variables, frozen: PyTree, signs: Signs
   ) -> tuple[dict[str, Any], examples.Facts]: ...
 
 
@@ -90,8 +95,15 @@ def run(
 
   def measure(phase: str, name: str, variables: Variables) -> None:
     quiet = not processes.lead()
-    with progress.at(f"{phase} (seed {seed})", "measuring", quiet=quiet):
-      measured[name], facts = experiment.measure(phase, variables, frozen)
+    clock, minutes = Clock(), experiment.config.hang_minutes
+    with (
+      progress.at(f"{phase} (seed {seed})", "measuring", quiet=quiet),
+      Watchdog(clock, lambda _: None, hang_minutes=minutes),
+      clock.at("evaluation"),
+    ):
+      measured[name], facts = experiment.measure(
+        phase, variables, frozen, clock.signs
+      )
     if processes.lead():
       examples.write(folder / name / examples.NAME, facts)
 

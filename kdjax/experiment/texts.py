@@ -154,7 +154,7 @@ class TextExperiment:
     return adapters.cast(variables[0], dtype), variables[1]
 
   def measure(
-    self, phase: str, variables: Variables, frozen: PyTree
+    self, phase: str, variables: Variables, frozen: PyTree, signs: phases.Signs
   ) -> tuple[dict[str, Any], examples.Facts]:
     """Size, cost, quality on the held-out texts, and what it writes."""
     side = _side(phase)
@@ -164,7 +164,7 @@ class TextExperiment:
         self.models[side], other, self.mesh, self.layout, most=examples.MOST
       )
     flops = flops_per_token(self.made.nets[side], self.lengths[side])
-    batches = self._eval_batches(side)
+    batches = signs(self._eval_batches(side))
     metrics, facts = self.evaluators[side](variables, frozen, batches)
     return {
       "parameters": evaluate.num_parameters(variables[0]),

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from kdjax import commands, errors
+from kdjax import commands, errors, files
 from kdjax.export import images, texts
 from kdjax.export.finished import PHASES, locate
 from kdjax.export.formats import FORMATS
@@ -58,6 +58,11 @@ def export(
   """
   errors.choose("network", network, PHASES)
   errors.choose("format", format or "safetensors", FORMATS)
+  if files.in_bucket(output):
+    raise errors.UserError(
+      f"--output {output} is in a bucket, must be a folder: export into one, "
+      "and copy it"
+    )
   output = Path(output).resolve()
   _check_free(output)
   run = locate(workdir, seed)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import kdjax.config as configuration
-from kdjax import adapters, checkpoint, data, errors, simkd
+from kdjax import adapters, checkpoint, data, errors, files, simkd
 from kdjax.types import Batch, Model, Variables
 
 # network: the phase of the config that trained it
@@ -72,16 +72,18 @@ def locate(workdir: str | Path, seed: int | None = None) -> Located:
     UserError: no folder of a run, a config.json that is damaged or of another
       version, a seed that was not run.
   """
-  workdir = Path(workdir)
-  config = _config(workdir)
-  seed = int(config.seed) if seed is None else seed
-  folder = workdir / f"seed_{seed}"
-  if not folder.is_dir():
-    there = sorted(p.name.removeprefix("seed_") for p in workdir.glob("seed_*"))
-    raise errors.UserError(
-      f"{workdir} has no seed {seed}, only {', '.join(there) or 'a config'}: "
-      "name one of them, or train with that seed first"
-    )
+  workdir = files.path(workdir)
+  with files.reaching(workdir):
+    config = _config(workdir)
+    seed = int(config.seed) if seed is None else seed
+    folder = workdir / f"seed_{seed}"
+    if not folder.is_dir():
+      seeds = (p.name.removeprefix("seed_") for p in workdir.glob("seed_*"))
+      raise errors.UserError(
+        f"{workdir} has no seed {seed}, only "
+        f"{', '.join(sorted(seeds)) or 'a config'}: name one of them, or train "
+        "with that seed first"
+      )
   return Located(folder, seed, config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import export
 
-from kdjax import errors, metrics, pretrained
+from kdjax import errors, files, pretrained
 from kdjax.export import serving
 from kdjax.export.finished import Run, Trained
 
@@ -26,7 +26,7 @@ def weights(
   """model.safetensors and config.json."""
   told = {"kdjax": {**_origin(run, ours), "layout": layout}}
   if layout != "hub":  # `write` makes the hub's
-    metrics.write_json(folder / "config.json", told)
+    files.write_json(folder / "config.json", told)
   return pretrained.write(
     folder,
     ours.variables,
@@ -54,7 +54,7 @@ def program(
     **serving.description(exported),
     **_origin(run, ours),
   }
-  metrics.write_json(folder / "serving.json", told)
+  files.write_json(folder / "serving.json", told)
   return path
 
 

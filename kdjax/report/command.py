@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from kdjax import commands
+from kdjax import commands, files
 from kdjax.errors import UserError
 from kdjax.report import about, against, sections, worst
 from kdjax.report.card import card
@@ -38,7 +38,7 @@ def report(
   """Writes the report of one run or several; returns the page's path.
 
   Args:
-    workdirs: folders of `kdjax.train`.
+    workdirs: folders of `kdjax.train`, in buckets too.
     output: default: `report` in the first of them.
 
   Raises:
@@ -47,22 +47,22 @@ def report(
   """
   if not workdirs:
     raise UserError("got no folder: name the --workdir of a run, see --help")
-  folder = Path(output) if output else Path(workdirs[0]) / "report"
+  folder = files.path(output or files.path(workdirs[0]) / "report")
   runs = read(workdirs)
   old = _claim(folder)
   parts = _sections(runs)
-  files = card(runs)
+  pictures = card(runs)
   for made in (p for part in parts for p in part.pictures):
-    files[f"{made.name}.png"] = made.light
-    files[f"{made.name}-dark.png"] = made.dark
-  foreign = [n for n in files if n not in old and (folder / n).exists()]
+    pictures[f"{made.name}.png"] = made.light
+    pictures[f"{made.name}-dark.png"] = made.dark
+  foreign = [n for n in pictures if n not in old and (folder / n).exists()]
   if foreign:
     raise UserError(
       f"{folder / foreign[0]} is no picture of a report: move it away, or name "
       "another --output"
     )
-  whole = page(_title(runs), _body(runs, parts), sorted(files))
-  _write(folder, whole, files, old)
+  whole = page(_title(runs), _body(runs, parts), sorted(pictures))
+  _write(folder, whole, pictures, old)
   return folder / _INDEX
 
 
@@ -133,17 +133,17 @@ def _claim(folder: Path) -> set[str]:
     if folder.exists() and not folder.is_dir():
       raise UserError(f"{folder} is a file: name another --output")
     if folder.exists() and any(folder.iterdir()):
-      head = (
-        index.read_text(errors="replace")[:20_000] if index.exists() else ""
-      )
+      page = index.read_bytes() if index.exists() else b""
+      head = page[:20_000].decode(errors="replace")
       if _MADE_BY not in head:
         raise UserError(
           f"{folder} holds something that is no report: name another --output"
         )
       listed = re.search(r'name="kdjax-files" content="([^"]*)"', head)
       return set(listed[1].split()) if listed else set()
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_writable(folder)
+    probe = folder / f"{_INDEX}.part"
+    files.write(probe, b"")
+    probe.unlink()
   except OSError as error:
     raise UserError(
       f"cannot write into {folder} ({error.strerror}): name another --output"
@@ -151,23 +151,15 @@ def _claim(folder: Path) -> set[str]:
   return set()
 
 
-def _check_writable(folder: Path) -> None:
-  probe = folder / f"{_INDEX}.part"
-  probe.touch()
-  probe.unlink()
-
-
 def _write(
-  folder: Path, whole: str, files: Mapping[str, bytes], old: set[str]
+  folder: Path, whole: str, pictures: Mapping[str, bytes], old: set[str]
 ) -> None:
   try:
     # The page first: it says which pictures are a report's.
-    part = folder / f"{_INDEX}.part"
-    part.write_text(whole, encoding="utf-8")
-    part.replace(folder / _INDEX)
-    for name, content in files.items():
-      (folder / name).write_bytes(content)
-    for name in old - set(files):
+    files.write(folder / _INDEX, whole.encode())
+    for name, content in pictures.items():
+      files.write(folder / name, content)
+    for name in old - set(pictures):
       if Path(name).name == name and name.endswith(".png"):
         (folder / name).unlink(missing_ok=True)
   except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import kdjax.config as configuration
-from kdjax import examples
+from kdjax import examples, files
 from kdjax.errors import UserError
 from kdjax.results import NETWORKS
 
@@ -83,15 +83,19 @@ def read(folders: Sequence[str | Path]) -> list[Run]:
     UserError: a folder that is none, no run's, or a run's that has measured
       nothing yet; a file that is damaged.
   """
-  paths = [Path(folder) for folder in folders]
-  if len({path.resolve() for path in paths}) < len(paths):
+  paths = [files.path(folder) for folder in folders]
+  if len({files.absolute(path) for path in paths}) < len(paths):
     raise UserError("a folder is named twice: name each run once")
-  return [_run(path, name) for path, name in zip(paths, _names(paths))]
+  runs = []
+  for path, name in zip(paths, _names(paths)):
+    with files.reaching(path):
+      runs.append(_run(path, name))
+  return runs
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
   """As many of the last parts of each path as tell them apart."""
-  parts = [path.resolve().parts for path in paths]
+  parts = [files.absolute(path).parts for path in paths]
   for count in range(1, max(map(len, parts)) + 1):
     names = ["/".join(p[-count:]) for p in parts]
     if len(set(names)) == len(names):
@@ -151,7 +155,7 @@ def metrics(path: Path) -> dict[str, np.ndarray]:
   if not path.exists():
     return {}
   rows: dict[str, list[tuple[int, float]]] = {}
-  lines = path.read_text(errors="replace").split("\n")
+  lines = path.read_bytes().decode(errors="replace").split("\n")
   whole = len(lines) - 1  # what follows the last line's end is no whole line
   for number, line in enumerate(lines[:whole], 1):
     try:
