@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32
 
-from kdjax.losses.softmax import class_sum, relative_entropy, soften
+from kdjax.losses.softmax import (
+  class_sum,
+  over_common_support,
+  soften,
+  softmax_kl,
+)
 from kdjax.losses.traits import logit_loss
 from kdjax.types import UserError
 
@@ -35,8 +40,8 @@ def kl(
   Source: Hinton et al. 2015, arXiv 1503.02531, section 2, where the objective
     has the cross-entropy: it differs by the teacher's entropy, a constant.
   """
-  log_p, log_q, _, _, where = soften(student, teacher, temperature)
-  return relative_entropy(log_p, log_q, where)
+  student, teacher, where = over_common_support(student, teacher)
+  return softmax_kl(teacher, student, temperature, where)
 
 
 @logit_loss(power=2)
@@ -53,8 +58,8 @@ def reverse_kl(
   Source: MiniLLM, Gu et al. 2023, arXiv 2306.08543, section 2.1, here between
     the distributions of one token and not of whole sequences.
   """
-  log_p, log_q, _, _, where = soften(student, teacher, temperature)
-  return relative_entropy(log_q, log_p, where)
+  student, teacher, where = over_common_support(student, teacher)
+  return softmax_kl(student, teacher, temperature, where)
 
 
 @logit_loss(power=2)

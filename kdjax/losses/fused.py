@@ -315,7 +315,8 @@ def _accumulate(gradient, slope, x, kernel, index):
     return jax.lax.dynamic_update_slice_in_dim(total, more, start, 0)
 
   # A part at a time, so that no second array has the kernel's size.
-  size, step = kernel.shape[0], min(_CLASSES, kernel.shape[0])
+  size = kernel.shape[0]
+  step = size if jax.default_backend() == "tpu" else min(_CLASSES, size)
   by_kernel = jax.lax.fori_loop(
     0, size // step, lambda n, total: add(n * step, step, total), by_kernel
   )
@@ -343,6 +344,7 @@ def _take(x: Array, index: Array) -> Array:
 # float32 and, in a loop, back.
 def _bits(x: Array) -> Array:
   half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+  half = half and jax.default_backend() == "cpu"
   return jax.lax.bitcast_convert_type(x, jnp.uint16) if half else x
 
 

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Integer
 
 from kdjax.losses.softmax import (
-  any_class,
+  below_peak,
   class_sum,
+  in_support,
   log_softmax,
+  log_sum,
   log_sum_exp,
   over_common_support,
-  relative_entropy,
+  softmax_kl,
   support,
   target,
 )
@@ -50,7 +52,8 @@ def cross_entropy(
   student = jnp.asarray(student, jnp.float32)
   labels = jnp.asarray(labels)
   where = support(student)
-  log_q = log_softmax(student, 1.0, where)
+  below = below_peak(student, where)
+  log_total = log_sum(below, where)
   epsilon = jnp.asarray(label_smoothing, jnp.float32)
   if labels.shape == student.shape:
     soft = jax.lax.stop_gradient(labels.astype(jnp.float32))
@@ -63,11 +66,12 @@ def cross_entropy(
   else:
     at_label = target(labels, where)
     soft = at_label.astype(jnp.float32)
-    inside = any_class(at_label)
+    inside = in_support(labels, at_label)
     if isinstance(label_smoothing, int | float) and label_smoothing == 0:
       # The same number, without three passes over all classes.
-      hard = -jnp.sum(log_q, axis=-1, where=at_label)
+      hard = log_total[..., 0] - jnp.sum(below, axis=-1, where=at_label)
       return jnp.where(inside, hard, jnp.nan)
+  log_q = jnp.where(where, below - log_total, 0.0)
   num_classes = jnp.maximum(jnp.sum(where, axis=-1, keepdims=True), 1)
   smooth = (1.0 - epsilon) * soft + epsilon / num_classes
   return jnp.where(inside, class_sum(-smooth * log_q, where), jnp.nan)
@@ -116,9 +120,7 @@ def dkd(
   log_q, log_rest_q = binary(student)
   tckd = jnp.exp(log_p) * (log_p - log_q)
   tckd += jnp.exp(log_rest_p) * (log_rest_p - log_rest_q)
-  log_p = log_softmax(teacher, temperature, others)
-  log_q = log_softmax(student, temperature, others)
-  nckd = relative_entropy(log_p, log_q, others)
+  nckd = softmax_kl(teacher, student, temperature, others)
   return _at_labels(target_weight * tckd + nontarget_weight * nckd, at_label)
 
 
@@ -242,9 +244,7 @@ def teacher_free(
     jnp.maximum(others, 1).astype(jnp.float32)
   )
   virtual = jnp.where(at_label, math.log(correct), wrong)
-  log_v = log_softmax(virtual, temperature, where)
-  log_q = log_softmax(student, temperature, where)
-  return _at_labels(relative_entropy(log_v, log_q, where), at_label)
+  return _at_labels(softmax_kl(virtual, student, temperature, where), at_label)
 
 
 def _at_labels(loss: ArrayLike, at_label: Array) -> Array:

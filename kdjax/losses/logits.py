@@ -5,10 +5,9 @@ from jaxtyping import Array, ArrayLike, Float, Float32
 
 from kdjax.losses.softmax import (
   class_sum,
-  log_softmax,
   over_common_support,
-  relative_entropy,
   soften,
+  softmax_kl,
 )
 from kdjax.losses.traits import logit_loss
 
@@ -97,5 +96,4 @@ def _transformed_kl(
   log_p: Array, log_q: Array, where: Array, exponent: ArrayLike
 ) -> Array:
   powered = jnp.asarray(exponent, jnp.float32) * log_p
-  log_target = log_softmax(powered, 1.0, where)
-  return relative_entropy(log_target, log_q, where)
+  return softmax_kl(powered, log_q, 1.0, where)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Float32, Integer
 
 from kdjax.losses.groups import gram
 from kdjax.losses.maps import both
-from kdjax.losses.softmax import log_softmax, relative_entropy
+from kdjax.losses.softmax import softmax_kl
 from kdjax.losses.traits import tap_loss
 from kdjax.types import UserError
 
@@ -66,10 +66,10 @@ def self_relations(
   seen, exists = _related(segment_ids, (b, s), causal)
   total = jnp.zeros((b, num_relation_heads, s))
   for pair in kinds:
-    log_q, log_p = (
-      _log_relations(x, num_relation_heads, seen, exists) for x in both(*pair)
+    ours, theirs = (
+      _relations(x, num_relation_heads, seen, exists) for x in both(*pair)
     )
-    total += relative_entropy(log_p, log_q, seen)
+    total += softmax_kl(theirs, ours, 1.0, seen)
   return jnp.where(exists, jnp.mean(total, axis=1) / len(kinds), 0.0)
 
 
@@ -109,7 +109,7 @@ def _related(
   return seen, exists
 
 
-def _log_relations(
+def _relations(
   x: Float32[Array, "b heads s d"],
   num_relation_heads: int,
   seen: Bool[Array, "b 1 s s"],
@@ -126,5 +126,4 @@ def _log_relations(
   x = jnp.where(exists[:, None, :, None], x, 0.0)
   x = jnp.moveaxis(x, 1, 2).reshape(b, s, num_relation_heads, -1)
   x = jnp.moveaxis(x, 2, 1)
-  scores = gram(x) / math.sqrt(x.shape[-1])
-  return log_softmax(scores, 1.0, seen)
+  return gram(x) / math.sqrt(x.shape[-1])

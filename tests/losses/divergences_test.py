@@ -244,3 +244,47 @@ def test_close_distributions_keep_their_digits(name, temperature):
   want = np.sum(np.exp(log_p) * (log_p - log_q), -1)
   got = getattr(losses, name)(student, teacher, temperature=temperature)
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+# Rows that take each way through the sums: much more mass beside the peak on
+# one side than on the other, peaks far apart, and ratios of the sums near where
+# the way changes.
+def _far(way: str) -> tuple[np.ndarray, np.ndarray]:
+  flat, peaked = np.zeros(2000), np.r_[0.0, np.full(1999, -30.0)]
+  small = np.random.default_rng(0).normal(size=2000)
+  return {
+    "flat teacher": (peaked + small, flat + small[::-1]),
+    "flat student": (flat + small, peaked + small[::-1]),
+    "apart": (np.roll(peaked, 7), peaked),
+    "half": (small, small + np.where(np.arange(2000) % 2, 0.8, 0.0)),
+    "offset": (small + 100.0, 0.5 * small - 50.0),
+  }[way]
+
+
+@pytest.mark.parametrize(
+  "way", ["flat teacher", "flat student", "apart", "half", "offset"]
+)
+@pytest.mark.parametrize("equation", [kl, reverse_kl])
+def test_far_distributions_keep_their_digits(equation, way):
+  student, teacher = (np.float32(x)[None] for x in _far(way))
+  loss = getattr(losses, equation.__name__)
+  at = functools.partial(loss, teacher=teacher, temperature=1.5)
+  value, slope = jax.value_and_grad(lambda z: at(z).sum())(student)
+  z, y = np.float64(student), np.float64(teacher)
+  divergence = equation(z, y, temperature=1.5)[0]
+  np.testing.assert_allclose(value, divergence, 3e-6)
+  p, q = both(z, y, 1.5)
+  want = q - p
+  if equation is reverse_kl:
+    log_ratio = log_softmax(z, 1.5) - log_softmax(y, 1.5)
+    want = q * (log_ratio - divergence)
+  want /= 1.5
+  # That of reverse_kl is what is left of two numbers as large as itself.
+  error = np.linalg.norm(slope - want)
+  assert error < 2e-6 * np.linalg.norm(want) + 2e-6 * divergence
+
+
+def test_equal_logits_have_a_divergence_of_exactly_zero():
+  z = 50 * np.random.default_rng(0).normal(size=(8, 300)).astype(np.float32)
+  for loss in (losses.kl, losses.reverse_kl):
+    np.testing.assert_array_equal(loss(z, z, temperature=3.0), 0.0)
