@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-<<<<<<< HEAD
-=======
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-
 from kdjax import files
 
 NAME = "metrics.jsonl"
 
->>>>>>> buckets
 
 class Writer:
   """Writes `{name: number}` of a step to `metrics.jsonl` and TensorBoard.
@@ -26,22 +20,15 @@ class Writer:
   """
 
   def __init__(self, folder: Path, *, resume_step: int = 0):
-<<<<<<< HEAD
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    _drop_after(path, resume_step)
-    self._jsonl = path.open("a")
     # It loads PyTorch, where that is installed: seconds of every import.
     from tensorboardX import SummaryWriter
     from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
     self._summary = Summary
-=======
     self._staged = files.Staged(folder)
     here = self._staged.here
     files.write(here / NAME, _until(folder / NAME, resume_step))
     self._jsonl = (here / NAME).open("a")
->>>>>>> buckets
     self._events = SummaryWriter(
       str(here / "tensorboard"), purge_step=resume_step + 1
     )

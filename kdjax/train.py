@@ -119,14 +119,10 @@ def _claim(workdir: Path, config: Any) -> bool:
     UserError: it is another config's, or it cannot be written into.
   """
   try:
-<<<<<<< HEAD
-    new = not (workdir / "config.json").exists()
-    _write_config(workdir, config)
-    return new
-=======
     with files.reaching(workdir):
+      new = not (workdir / "config.json").exists()
       _write_config(workdir, config)
->>>>>>> buckets
+      return new
   except OSError as error:
     raise errors.UserError(
       f"cannot write into --workdir {workdir} ({error.strerror}): use another"
@@ -137,7 +133,8 @@ def _unclaim(workdir: Path) -> None:
   """Takes back what `train` has made in a folder that was new."""
   (workdir / "config.json").unlink()
   for folder in workdir.glob("seed_*"):
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      epath.Path(folder).rmtree(missing_ok=True)
 
 
 def _write_config(workdir: Path, config: Any) -> None:
@@ -261,20 +258,7 @@ def _arguments(argv: Sequence[str]) -> _Arguments:
     for name, seconds in (("start_seconds", 300.0), ("lost_seconds", 60.0)):
       flags.DEFINE_float(name, seconds, "", lower_bound=1.0, flag_values=values)
 
-<<<<<<< HEAD
-  values = configuration.arguments(argv, define, "workdir")
-  given = _Arguments(**values)
-  if "://" in given.workdir:
-    raise errors.UserError(
-      f"--workdir {given.workdir} is a bucket's address, must be a folder: "
-      "mount the bucket (gcsfuse), or give a disk that all machines see"
-    )
-  return given
-=======
-  values = configuration.arguments(argv, define)
-  commands.require(values, "workdir")
-  return _Arguments(**values)
->>>>>>> buckets
+  return _Arguments(**configuration.arguments(argv, define, "workdir"))
 
 
 if __name__ == "__main__":

@@ -247,9 +247,10 @@ def in_support(
   labels: Integer[Array, "*batch"], at_label: Bool[Array, "*batch classes"]
 ) -> Bool[Array, "*batch"]:
   """Whether `target` is true anywhere."""
-  if _KNOWN.get() is None:
+  known = _KNOWN.get()
+  if known is None:
     return any_class(at_label)
-  return (labels >= 0) & (labels < min(_KNOWN.get(), at_label.shape[-1]))
+  return (labels >= 0) & (labels < min(known, at_label.shape[-1]))
 
 
 def _peak(values: Array, where: Array) -> Array:
