@@ -9,6 +9,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import parallel, pins
@@ -141,6 +142,59 @@ def test_a_kernel_is_called_apart_where_the_mesh_divides_rows_and_heads():
     assert not pins.divides(6, 2)
     assert not pins.divides(8, 3)
   assert not pins.divides(8, 2)
+
+
+def lookup(table, tokens, dtype, over=None):
+  """Rows of the table, and the gradient of some numbers' sum with them."""
+  shape = (*tokens.shape, table.shape[1])
+  weights = np.random.default_rng(1).normal(size=shape)
+
+  def total(table):
+    x = pins.looked_up(table, tokens, dtype)
+    return jnp.sum(x.astype(jnp.float32) * weights), x
+
+  with pins.inside(over):
+    return jax.grad(total, has_aux=True)(table)
+
+
+@pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_looked_up_without_the_table(axes, dtype):
+  """97 rows divide by nothing; some tokens are none, some from the end."""
+  mesh = parallel.make_mesh(**dict(zip(parallel.AXES, axes)))
+  rng, over = np.random.default_rng(0), parallel.batch_sharding(mesh)
+  table = jnp.asarray(rng.normal(size=(97, 64)), dtype)
+  tokens = jnp.asarray(rng.integers(-3, 100, (16, 8)))
+  tokens = tokens.at[:, 5:].set(0)  # padding: one row for many
+  split = NamedSharding(mesh, P(None, "fsdp"))
+  given = jax.device_put(table, split), jax.device_put(tokens, over)
+  run = jax.jit(functools.partial(lookup, dtype=dtype, over=mesh))
+  compiled = run.lower(*given).compile()
+  gradient, x = compiled(*given)
+  wanted, rows = lookup(table, tokens, dtype)
+  assert x.dtype == dtype
+  assert x.sharding.is_equivalent_to(over, 3)
+  assert gradient.sharding.is_equivalent_to(split, 2)
+  np.testing.assert_array_equal(np.float32(x), np.float32(rows))
+  # Rows that many tokens share are sums in another order.
+  close = dict(rtol=1e-6, atol=1e-6) if dtype == "float32" else dict(atol=0.25)
+  np.testing.assert_allclose(np.float32(gradient), np.float32(wanted), **close)
+  for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+    whole = any(97 in s and 64 in s for s in sizes(shapes))
+    assert not whole, (kind, shapes)
+
+
+def test_a_table_that_fsdp_does_not_divide_is_looked_up_all_the_same():
+  mesh = parallel.make_mesh(fsdp=8)
+  table, tokens = jnp.arange(33.0 * 3).reshape(33, 3), jnp.arange(16) % 5
+  tokens = tokens.reshape(8, 2)
+  for rows in (8, 4):  # as do so few examples
+    got = jax.jit(functools.partial(lookup, dtype=None, over=mesh))(
+      table, tokens[:rows]
+    )
+    jax.tree.map(
+      np.testing.assert_array_equal, got, lookup(table, tokens[:rows], None)
+    )
 
 
 def test_created_arrays_are_split_and_what_they_close_over_is_no_constant():
@@ -284,6 +338,13 @@ def test_parameters_travel_layer_by_layer_and_the_batch_stays(make):
   for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
     if kind == "all-reduce":  # gradients, and sums over the batch
       assert not any(s[:1] in {(16,), (128,)} for s in sizes(shapes)), shapes
+      continue
+    if kind == "all-to-all":  # embeddings: own columns for own examples
+      assert make is language
+      assert set(sizes(shapes)) <= {(2, 8, 64 // 8), (2, 8, 96 // 8)}, shapes
+      continue
+    if shapes.startswith("s32[16,8]"):  # the tokens that are looked up
+      assert make is language
       continue
     assert kind == "all-gather", (kind, shapes)
     (shape,) = sizes(shapes)
