@@ -228,10 +228,10 @@ def _same(a, b):
   assert a == b
 
 
-def llama(width, depth):
+def llama(width, depth, classes=96):
   return dict(
     model_type="llama",
-    vocab_size=96,
+    vocab_size=classes,
     hidden_size=width,
     intermediate_size=3 * width,
     num_hidden_layers=depth,
@@ -256,6 +256,13 @@ def language(head="linear", remat="none"):
     decoder(llama(96, 2), head=head),
   )
   return *nets, PARTITION, batch
+
+
+def vocabulary():
+  """Two decoders whose tables are nearly all of them, of a size that is odd."""
+  *_, rules, batch = language()
+  nets = (decoder(llama(d, 1, classes=8001), head="linear") for d in (128, 192))
+  return *nets, rules, batch
 
 
 def images():
@@ -358,6 +365,25 @@ def test_fsdp_divides_what_a_device_holds():
   eight = on(parallel.make_mesh(fsdp=8), language())[0].memory_analysis()
   arguments_of = lambda m: m.argument_size_in_bytes  # noqa: E731
   assert arguments_of(eight) <= (1 / 8 + 0.02) * arguments_of(one)
+
+
+@pytest.mark.slow
+def test_no_device_has_a_whole_table_of_the_vocabulary():
+  """Neither embeddings nor head, of student or teacher, nor a gradient."""
+  compiled, arguments = on(parallel.make_mesh(fsdp=8), vocabulary())
+  for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text()):
+    rows, *rest = (int(n) for n in dims.split(","))
+    assert rows < 8001 or rest not in ([128], [192]), dims
+  alone, used = (
+    single(vocabulary)[0].memory_analysis(),
+    (compiled.memory_analysis().temp_size_in_bytes),
+  )
+  table = 4 * 8001 * 192
+  assert of_eight <= 1.1 * (of_one / 8 + table)
+  got, want = two_steps(compiled, arguments), result_of_one(vocabulary)
+  for g, w in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0])):
+    np.testing.assert_allclose(g, w, rtol=0, atol=2e-4)
+  assert got[1]["loss/total"] == pytest.approx(want[1]["loss/total"], rel=2e-5)
 
 
 def test_table_says_what_lies_where_and_what_is_on_every_device():
