@@ -374,9 +374,9 @@ def test_no_device_has_a_whole_table_of_the_vocabulary():
   for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text()):
     rows, *rest = (int(n) for n in dims.split(","))
     assert rows < 8001 or rest not in ([128], [192]), dims
-  alone, used = (
-    single(vocabulary)[0].memory_analysis(),
-    (compiled.memory_analysis().temp_size_in_bytes),
+  of_one, of_eight = (
+    each.memory_analysis().temp_size_in_bytes
+    for each in (single(vocabulary)[0], compiled)
   )
   table = 4 * 8001 * 192
   assert of_eight <= 1.1 * (of_one / 8 + table)
