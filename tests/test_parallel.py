@@ -93,6 +93,7 @@ MESH = functools.cache(lambda: parallel.make_mesh(data=2, fsdp=2, model=2))
     ("layers/query/kernel", (3, 64, 32), P(None, "fsdp", "model")),
     ("opt/0/mu/layers/query/kernel", (3, 64, 32), P(None, "fsdp", "model")),
     ("layers/query/kernel", (3, 64, 31), P(None, "fsdp", None)),
+    ("layers/down/kernel", (3, 64, 32), P(None, ("model", "fsdp"), None)),
     # As many axes as the rule has: the factors of a moment have not.
     ("layers/query/kernel", (3, 640), P(None, "fsdp")),
     ("layers/query/kernel", (640, 4), P("fsdp")),
@@ -243,13 +244,13 @@ def llama(width, depth, classes=96):
 
 
 def language(head="linear", remat="none"):
-  """Two decoders and a batch of 16 rows of 8 tokens."""
+  """Two decoders and a batch of 16 rows of 32 tokens."""
   rng = np.random.default_rng(0)
-  draw = lambda: rng.integers(0, 96, (16, 8)).astype(np.int32)  # noqa: E731
+  draw = lambda: rng.integers(0, 96, (16, 32)).astype(np.int32)  # noqa: E731
   batch = {
     "tokens": draw(),
     "label": draw(),
-    "mask": np.float32(rng.random((16, 8)) > 0.3),
+    "mask": np.float32(rng.random((16, 32)) > 0.3),
   }
   nets = (
     decoder(llama(64, 3), head=head, remat=remat),
@@ -261,6 +262,7 @@ def language(head="linear", remat="none"):
 def vocabulary():
   """Two decoders whose tables are nearly all of them, of a size that is odd."""
   *_, rules, batch = language()
+  batch = {name: rows[:, :8] for name, rows in batch.items()}
   nets = (decoder(llama(d, 1, classes=8001), head="linear") for d in (128, 192))
   return *nets, rules, batch
 
@@ -344,13 +346,14 @@ def test_parameters_travel_layer_by_layer_and_the_batch_stays(make):
   gathers = 0
   for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
     if kind == "all-reduce":  # gradients, and sums over the batch
-      assert not any(s[:1] in {(16,), (128,)} for s in sizes(shapes)), shapes
+      rows = {(16,), (512,)} if make is language else {(32,)}
+      assert not any(s[:1] in rows for s in sizes(shapes)), shapes
       continue
     if kind == "all-to-all":  # embeddings: own columns for own examples
       assert make is language
-      assert set(sizes(shapes)) <= {(2, 8, 64 // 8), (2, 8, 96 // 8)}, shapes
+      assert set(sizes(shapes)) <= {(2, 32, 64 // 8), (2, 32, 96 // 8)}, shapes
       continue
-    if shapes.startswith("s32[16,8]"):  # the tokens that are looked up
+    if shapes.startswith("s32[16,32]"):  # the tokens that are looked up
       assert make is language
       continue
     assert kind == "all-gather", (kind, shapes)
@@ -382,7 +385,7 @@ def test_no_device_has_a_whole_table_of_the_vocabulary():
   assert of_eight <= 1.1 * (of_one / 8 + table)
   got, want = two_steps(compiled, arguments), result_of_one(vocabulary)
   for g, w in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0])):
-    np.testing.assert_allclose(g, w, rtol=0, atol=2e-4)
+    assert np.mean(np.abs(g - w)) <= 1e-5  # of updates of 1e-2
   assert got[1]["loss/total"] == pytest.approx(want[1]["loss/total"], rel=2e-5)
 
 
