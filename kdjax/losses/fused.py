@@ -190,9 +190,9 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   The gradient is that of Σ weight · group, 1 where no weight is given.
   """
   batch, dtype = rows["mask"].shape, student.hidden.dtype
+  counts = together(layout, rows["mask"].reshape(-1) > 0)
   hidden = together(layout, _flat(student.hidden, batch))
   rows = together(layout, {name: _flat(x, batch) for name, x in rows.items()})
-  counts = rows["mask"] > 0
   split = functools.partial(split_classes, layout)
   kernel = split(student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
