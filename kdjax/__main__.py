@@ -30,7 +30,7 @@ COMMANDS = {
     "write a run's student for others to load or to serve",
   ),
   "scaling": (
-    "kdjax.scaling",
+    "kdjax.scaling.__main__",
     "what a step takes on devices that are not here",
   ),
   "launch": (

@@ -7,11 +7,13 @@ one device or under `jax.pmap`, these functions return what they get.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 # The axes of a mesh that split the leading axis of a batch.
@@ -42,11 +44,75 @@ def by_example(x: jax.Array) -> jax.Array:
   return _constrain(x, PartitionSpec(axes, *free))
 
 
-def gathered(w: jax.Array) -> jax.Array:
-  """A table of rows, `[V, D]`, whole along D on every device that reads it."""
-  if not _axes():
-    return w
-  return _constrain(w, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+def looked_up(
+  table: jax.Array, index: jax.Array, dtype: Any = None
+) -> jax.Array:
+  """`table[index]` in `dtype`: `[V, D]`, `[B, S]` -> `[B, S, D]`.
+
+  Where `fsdp` splits the width, a device looks up, in its own columns, the
+  examples of all devices along `fsdp`, and gets its own examples' other columns
+  for theirs. The gradient goes back the same way. So nobody ever has the whole
+  table, and what travels has the size of the result.
+
+  Returns:
+    NaN where an index is no row of the table.
+  """
+  dtype = dtype or table.dtype
+  axes = _axes()
+  parts = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) if axes else 1
+  if parts == 1:
+    return jnp.take(table, index, axis=0).astype(dtype)
+  if table.shape[1] % parts or index.shape[0] % _parts():
+    whole = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
+    return jnp.take(_constrain(table, whole), index, axis=0).astype(dtype)
+
+  return _exchanged(axes, dtype, table, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchanged(axes, dtype, table, index):
+  """`looked_up`, where `fsdp`, one of the axes, splits the table's columns."""
+
+  def own_columns(table, index):
+    index = jax.lax.all_gather(index, "fsdp", tiled=True)
+    x = jnp.take(table, index, axis=0).astype(dtype)
+    return jax.lax.all_to_all(x, "fsdp", 0, x.ndim - 1, tiled=True)
+
+  columns, rows = PartitionSpec(None, "fsdp"), PartitionSpec(axes)
+  return _by_hand(own_columns, axes, (columns, rows), rows)(table, index)
+
+
+def _forward(axes, dtype, table, index):
+  return _exchanged(axes, dtype, table, index), (table, index)
+
+
+def _backward(axes, dtype, saved, slope):
+  table, index = saved
+
+  def added(slope, index):
+    index = jax.lax.all_gather(index, "fsdp", tiled=True)
+    slope = jax.lax.all_to_all(slope, "fsdp", slope.ndim - 1, 0, tiled=True)
+    zeros = jnp.zeros((table.shape[0], slope.shape[-1]), jnp.float32)
+    share = zeros.at[index].add(slope, mode="drop")
+    return jax.lax.psum(share, tuple(a for a in axes if a != "fsdp"))
+
+  columns, rows = PartitionSpec(None, "fsdp"), PartitionSpec(axes)
+  gradient = _by_hand(added, axes, (rows, rows), columns)(slope, index)
+  return gradient.astype(table.dtype), None
+
+
+_exchanged.defvjp(_forward, _backward)
+
+
+def _by_hand(f, axes, given, returned):
+  """f of a device's own parts along the axes."""
+  return jax.shard_map(
+    f,
+    axis_names=set(axes),
+    in_specs=given,
+    out_specs=returned,
+    check_vma=False,
+  )
 
 
 def divides(batch: int, heads: int) -> bool:

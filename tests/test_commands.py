@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from kdjax import __main__ as top
-from kdjax import commands, errors, launch, scaling, train
+from kdjax import commands, errors, launch, train
 from kdjax.export import command as export
 from kdjax.report import command as report
+from kdjax.scaling import command as scaling
 
 ROOT = Path(__file__).parents[1]
 MAINS = {

@@ -293,7 +293,8 @@ def test_every_key_of_a_config_is_explained():
 
 
 @pytest.mark.parametrize(
-  "module", ["train", "launch", "scaling", "export.command", "report.command"]
+  "module",
+  ["train", "launch", "scaling.command", "export.command", "report.command"],
 )
 def test_every_flag_is_explained(module):
   page = read("docs/reference/running.md")

@@ -184,7 +184,48 @@ def test_kernels_split_along_their_width_are_gathered_once():
   assert kinds.count("reduce-scatter") == 1
 
 
-def test_classes_that_the_axis_does_not_divide_stay_whole():
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 8}])
+def test_hidden_states_travel_where_they_are_fewer_than_classes(axes):
+  """No device has a whole kernel, nor a whole kernel's gradient."""
+  over = parallel.make_mesh(**axes)
+  layout = fused.over(over)._replace(chunk=2)
+  sides = head(203, WIDTH, 201), head(211, 16, None)
+
+  def put(x, *spec):
+    return jax.device_put(x, NamedSharding(over, PartitionSpec(*spec)))
+
+  tokens = ("data", "fsdp")
+  laid = [
+    dataclasses.replace(
+      x, hidden=put(x.hidden, tokens), kernel=put(x.kernel, None, "fsdp")
+    )
+    for x in sides
+  ]
+  batch = jax.tree.map(lambda x: put(x, tokens), BATCH)
+  run = program(layout).lower(*laid, batch).compile()
+  got, want = run(*laid, batch), program(LAYOUT)(*sides, BATCH)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, got, want)
+  assert got[1].hidden.sharding.is_equivalent_to(laid[0].hidden.sharding, 3)
+  row = 48 // over.shape["data"]
+  for shapes, kind, _ in COLLECTIVE.findall(run.as_text()):
+    share = 208 * WIDTH // over.shape["fsdp"]
+    assert largest(shapes) <= max(row * WIDTH, share), (kind, shapes)
+
+
+def test_teacher_logits_are_not_brought_together():
+  teacher = jnp.float32(RNG.normal(size=(*TOKENS, 205)))
+  student = head(203, WIDTH, None)
+  layout = fused.over(parallel.make_mesh(fsdp=8))
+  assert layout == fused.fewer(layout, student, teacher)
+  assert layout != fused.fewer(layout, student, None)
+  got = program(layout)(student, teacher, BATCH)
+  want = program(LAYOUT)(student, teacher, BATCH)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, got, want)
+
+
+def test_classes_that_the_axis_does_not_divide_are_padded():
   odd = head(CLASSES + 1, WIDTH, None)
   layout = LAYOUT._replace(mesh=mesh(), classes="model")
   got = program(layout, LABELS)(odd, None, BATCH)

@@ -10,6 +10,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import parallel, pins
@@ -93,6 +94,7 @@ MESH = functools.cache(lambda: parallel.make_mesh(data=2, fsdp=2, model=2))
     ("layers/query/kernel", (3, 64, 32), P(None, "fsdp", "model")),
     ("opt/0/mu/layers/query/kernel", (3, 64, 32), P(None, "fsdp", "model")),
     ("layers/query/kernel", (3, 64, 31), P(None, "fsdp", None)),
+    ("layers/down/kernel", (3, 64, 32), P(None, ("model", "fsdp"), None)),
     # As many axes as the rule has: the factors of a moment have not.
     ("layers/query/kernel", (3, 640), P(None, "fsdp")),
     ("layers/query/kernel", (640, 4), P("fsdp")),
@@ -144,6 +146,59 @@ def test_a_kernel_is_called_apart_where_the_mesh_divides_rows_and_heads():
   assert not pins.divides(8, 2)
 
 
+def lookup(table, tokens, dtype, over=None):
+  """Rows of the table, and the gradient of some numbers' sum with them."""
+  shape = (*tokens.shape, table.shape[1])
+  weights = np.random.default_rng(1).normal(size=shape)
+
+  def total(table):
+    x = pins.looked_up(table, tokens, dtype)
+    return jnp.sum(x.astype(jnp.float32) * weights), x
+
+  with pins.inside(over):
+    return jax.grad(total, has_aux=True)(table)
+
+
+@pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_looked_up_without_the_table(axes, dtype):
+  """97 rows divide by nothing; some tokens are none, some from the end."""
+  mesh = parallel.make_mesh(**dict(zip(parallel.AXES, axes)))
+  rng, over = np.random.default_rng(0), parallel.batch_sharding(mesh)
+  table = jnp.asarray(rng.normal(size=(97, 64)), dtype)
+  tokens = jnp.asarray(rng.integers(-3, 100, (16, 8)))
+  tokens = tokens.at[:, 5:].set(0)  # padding: one row for many
+  split = NamedSharding(mesh, P(None, "fsdp"))
+  given = jax.device_put(table, split), jax.device_put(tokens, over)
+  run = jax.jit(functools.partial(lookup, dtype=dtype, over=mesh))
+  compiled = run.lower(*given).compile()
+  gradient, x = compiled(*given)
+  wanted, rows = lookup(table, tokens, dtype)
+  assert x.dtype == dtype
+  assert x.sharding.is_equivalent_to(over, 3)
+  assert gradient.sharding.is_equivalent_to(split, 2)
+  np.testing.assert_array_equal(np.float32(x), np.float32(rows))
+  # Rows that many tokens share are sums in another order.
+  close = dict(rtol=1e-6, atol=1e-6) if dtype == "float32" else dict(atol=0.25)
+  np.testing.assert_allclose(np.float32(gradient), np.float32(wanted), **close)
+  for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+    whole = any(97 in s and 64 in s for s in sizes(shapes))
+    assert not whole, (kind, shapes)
+
+
+def test_a_table_that_fsdp_does_not_divide_is_looked_up_all_the_same():
+  mesh = parallel.make_mesh(fsdp=8)
+  table, tokens = jnp.arange(33.0 * 3).reshape(33, 3), jnp.arange(16) % 5
+  tokens = tokens.reshape(8, 2)
+  for rows in (8, 4):  # as do so few examples
+    got = jax.jit(functools.partial(lookup, dtype=None, over=mesh))(
+      table, tokens[:rows]
+    )
+    jax.tree.map(
+      np.testing.assert_array_equal, got, lookup(table, tokens[:rows], None)
+    )
+
+
 def test_created_arrays_are_split_and_what_they_close_over_is_no_constant():
   given = jax.device_put(np.arange(64.0).reshape(8, 8))
 
@@ -175,10 +230,10 @@ def _same(a, b):
   assert a == b
 
 
-def llama(width, depth):
+def llama(width, depth, classes=96):
   return dict(
     model_type="llama",
-    vocab_size=96,
+    vocab_size=classes,
     hidden_size=width,
     intermediate_size=3 * width,
     num_hidden_layers=depth,
@@ -190,19 +245,27 @@ def llama(width, depth):
 
 
 def language():
-  """Two decoders and a batch of 16 rows of 8 tokens."""
+  """Two decoders and a batch of 16 rows of 32 tokens."""
   rng = np.random.default_rng(0)
-  draw = lambda: rng.integers(0, 96, (16, 8)).astype(np.int32)  # noqa: E731
+  draw = lambda: rng.integers(0, 96, (16, 32)).astype(np.int32)  # noqa: E731
   batch = {
     "tokens": draw(),
     "label": draw(),
-    "mask": np.float32(rng.random((16, 8)) > 0.3),
+    "mask": np.float32(rng.random((16, 32)) > 0.3),
   }
   nets = (
     decoder(llama(64, 3), head="linear"),
     decoder(llama(96, 2), head="linear"),
   )
   return *nets, PARTITION, batch
+
+
+def vocabulary():
+  """Two decoders whose tables are nearly all of them, of a size that is odd."""
+  *_, rules, batch = language()
+  batch = {name: rows[:, :8] for name, rows in batch.items()}
+  nets = (decoder(llama(d, 1, classes=8001), head="linear") for d in (128, 192))
+  return *nets, rules, batch
 
 
 def images():
@@ -282,7 +345,15 @@ def test_parameters_travel_layer_by_layer_and_the_batch_stays(make):
   gathers = 0
   for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
     if kind == "all-reduce":  # gradients, and sums over the batch
-      assert not any(s[:1] in {(16,), (128,)} for s in sizes(shapes)), shapes
+      rows = {(16,), (512,)} if make is language else {(32,)}
+      assert not any(s[:1] in rows for s in sizes(shapes)), shapes
+      continue
+    if kind == "all-to-all":  # embeddings: own columns for own examples
+      assert make is language
+      assert set(sizes(shapes)) <= {(2, 32, 64 // 8), (2, 32, 96 // 8)}, shapes
+      continue
+    if shapes.startswith("s32[16,32]"):  # the tokens that are looked up
+      assert make is language
       continue
     assert kind == "all-gather", (kind, shapes)
     (shape,) = sizes(shapes)
@@ -295,6 +366,25 @@ def test_fsdp_divides_what_a_device_holds():
   one, eight = (on(language, n)[0].memory_analysis() for n in (ONE, FSDP))
   arguments_of = lambda m: m.argument_size_in_bytes  # noqa: E731
   assert arguments_of(eight) <= (1 / 8 + 0.02) * arguments_of(one)
+
+
+@pytest.mark.slow
+def test_no_device_has_a_whole_table_of_the_vocabulary():
+  """Neither embeddings nor head, of student or teacher, nor a gradient."""
+  compiled, arguments = on(parallel.make_mesh(fsdp=8), vocabulary())
+  for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text()):
+    rows, *rest = (int(n) for n in dims.split(","))
+    assert rows < 8001 or rest not in ([128], [192]), dims
+  of_one, of_eight = (
+    each.memory_analysis().temp_size_in_bytes
+    for each in (single(vocabulary)[0], compiled)
+  )
+  table = 4 * 8001 * 192
+  assert of_eight <= 1.1 * (of_one / 8 + table)
+  got, want = two_steps(compiled, arguments), result_of_one(vocabulary)
+  for g, w in zip(jax.tree.leaves(got[0]), jax.tree.leaves(want[0])):
+    assert np.mean(np.abs(g - w)) <= 1e-5  # of updates of 1e-2
+  assert got[1]["loss/total"] == pytest.approx(want[1]["loss/total"], rel=2e-5)
 
 
 def test_table_says_what_lies_where_and_what_is_on_every_device():

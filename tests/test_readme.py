@@ -28,7 +28,7 @@ HELP = {
   "launch": "kdjax.launch",
   "export": "kdjax.export.command",
   "report": "kdjax.report.command",
-  "scaling": "kdjax.scaling",
+  "scaling": "kdjax.scaling.command",
 }
 
 

@@ -24,8 +24,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, PyTree
 
+from kdjax import pins
 from kdjax.losses.layout import Layout as Layout
-from kdjax.losses.layout import added, gathered, narrow, split_classes
+from kdjax.losses.layout import (
+  added,
+  apart,
+  chunk_of,
+  class_parts,
+  fewer,
+  gathered,
+  narrow,
+  split_classes,
+  together,
+  turned,
+)
 from kdjax.losses.layout import over as over
 from kdjax.losses.softmax import known_support
 from kdjax.types import LinearLogits, UserError
@@ -67,12 +79,10 @@ def sum_rows(
   Raises:
     UserError: for a mask of another shape than the hidden states'.
   """
-  layout = layout or Layout()
   _check(student, teacher, rows)
-  blocks = layout.mesh.shape if layout.mesh else {}
-  if layout.classes and student.shape[-1] % blocks[layout.classes]:
-    layout = layout._replace(classes=None)
-  num_classes = student.vocabulary
+  layout = fewer(layout or Layout(), student, teacher)
+  num_classes, parts = student.vocabulary, class_parts(layout)
+  student = _resized(student, -(-student.shape[-1] // parts) * parts)
   if isinstance(teacher, LinearLogits):
     num_classes = min(num_classes, teacher.vocabulary)
     teacher = dataclasses.replace(teacher, num_classes=num_classes)
@@ -140,8 +150,9 @@ def _resized(logits: LinearLogits, size: int) -> LinearLogits:
 def _spread(f, layout, weights, student, teacher, rows, constants):
   """`_through` over the mesh: each device its own tokens."""
   through = functools.partial(_through, f, layout)
-  if layout.mesh is None:
-    return through(weights, student, teacher, rows, constants)
+  if not layout.mesh or not layout.tokens:
+    with pins.inside(layout.mesh):
+      return through(weights, student, teacher, rows, constants)
   split, whole = PartitionSpec(layout.tokens), PartitionSpec()
 
   def total(weights, student, teacher, rows, constants):
@@ -178,9 +189,10 @@ def _through(f, layout, weights, student, teacher, rows, constants):
 
   The gradient is that of Σ weight · group, 1 where no weight is given.
   """
-  batch, counts = rows["mask"].shape, rows["mask"].reshape(-1) > 0
-  hidden, dtype = _flat(student.hidden, batch), student.hidden.dtype
-  rows = {name: _flat(x, batch) for name, x in rows.items()}
+  batch, dtype = rows["mask"].shape, student.hidden.dtype
+  counts = together(layout, rows["mask"].reshape(-1) > 0)
+  hidden = together(layout, _flat(student.hidden, batch))
+  rows = together(layout, {name: _flat(x, batch) for name, x in rows.items()})
   split = functools.partial(split_classes, layout)
   kernel = split(student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
@@ -241,8 +253,8 @@ def _through(f, layout, weights, student, teacher, rows, constants):
     by_hidden, by_kernel, by_bias = gradient
     gradient = dataclasses.replace(
       student,
-      hidden=_as(by_hidden, dtype).sum(0).reshape(student.hidden.shape),
-      kernel=by_kernel,
+      hidden=apart(layout, _as(by_hidden, dtype)).reshape(student.hidden.shape),
+      kernel=turned(layout, by_kernel),
       bias=by_bias,
     )
   return sums, gradient
@@ -256,7 +268,7 @@ def _targets(teacher, batch, layout, student):
   if not isinstance(teacher, LinearLogits):
     logits, finish = _flat(teacher, batch), student.mask_padding
     return functools.partial(_take, logits), lambda x: finish(_as_wide(x, size))
-  hidden = _flat(teacher.hidden, batch)
+  hidden = together(layout, _flat(teacher.hidden, batch))
   split = functools.partial(split_classes, layout)
   kernel = split(teacher.kernel.astype(hidden.dtype))
   return (
@@ -274,7 +286,7 @@ def _product(split, x: Array, kernel: Array) -> Float32[Array, "n V"]:
 
 def _accumulators(student, hidden, layout):
   """Zeros for the gradients of hidden, kernel and bias; what adds to them."""
-  blocks = layout.mesh.shape[layout.classes] if layout.classes else 1
+  blocks = class_parts(layout)
   # A token's hidden state is met once: only shares of it are still to be added.
   dtype = hidden.dtype if blocks == 1 else jnp.float32
   zeros = (
@@ -392,7 +404,9 @@ def num_chunks(layout: Layout, num_tokens: int, size: int) -> int:
 def _sizes(layout: Layout, num_tokens: int, size: int) -> tuple[int, int]:
   """Tokens in a chunk, and of those how many f sees at once."""
   on_cpu = jax.default_backend() == "cpu"
-  chunk = min(layout.chunk or (256 if on_cpu else 1024), max(num_tokens, 1))
+  chunk = min(chunk_of(layout), max(num_tokens, 1))
   rows = max(_TILE // size, 1) * (os.cpu_count() or 1)
-  tile = min(rows if on_cpu else chunk, chunk)
+  # Where classes are split each tile has its collectives.
+  alone = on_cpu and class_parts(layout) == 1
+  tile = min(rows if alone else chunk, chunk)
   return chunk + -chunk % tile, tile

@@ -1,11 +1,14 @@
 """How a head lies on a mesh, and what of it travels.
 
 The tokens and the classes are split; a kernel may lie split along its width
-too, and is then gathered once, as its gradient is scattered once.
+too. Either it is then gathered once, as its gradient is scattered once, or the
+hidden states of the tokens are, and each device keeps some of the classes: what
+is fewer, classes or tokens, travels (`fewer`).
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +16,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from kdjax.pins import batch_axes
+from kdjax.pins import BATCH_AXES, batch_axes
 from kdjax.types import LinearLogits
 
 
@@ -22,13 +25,15 @@ class Layout(NamedTuple):
 
   Attributes:
     chunk: tokens at a time, on each device; None: 256 on CPU, otherwise 1024.
-      Memory is that of some [chunk, V] arrays.
+      Memory is that of some [chunk, V] arrays, shared by those that split V.
     mesh: what tokens and classes are split over, or None.
     tokens: the axes of the mesh that split the leading axis of the batch.
-    classes: the axis that splits the classes, or None; where it does not divide
-      a head's, it splits nothing.
+    classes: the axis that splits the classes, padded to a multiple, or None.
     width: the axis, one of `tokens`, over which kernels lie split along D, or
       None. They are gathered once, and so is a gradient scattered.
+
+  Where `classes` is itself an axis that splits a batch, the tokens along it are
+  brought together: see `fewer`.
   """
 
   chunk: int | None = None
@@ -49,6 +54,68 @@ def over(mesh: Mesh) -> Layout:
     classes="model" if "model" in several else None,
     width="fsdp" if "fsdp" in several else None,
   )
+
+
+def chunk_of(layout: Layout) -> int:
+  """Tokens at a time."""
+  return layout.chunk or (256 if jax.default_backend() == "cpu" else 1024)
+
+
+def class_parts(layout: Layout) -> int:
+  """How many devices share the classes."""
+  blocks = layout.mesh.shape if layout.mesh else {}
+  return blocks[layout.classes] if layout.classes else 1
+
+
+def fewer(layout: Layout, student: LinearLogits, teacher: Any) -> Layout:
+  """The layout in which less is sent and held: of kernels, or hidden states.
+
+  n devices along `width` hold t tokens and V classes. Kernels gathered for the
+  tokens are V rows on each; hidden states gathered for the classes are t rows,
+  and a device works on V / n classes of n times the tokens, so that the chunks
+  are as large as before. Teacher logits that are an array stay where they are.
+  """
+  if not layout.mesh or layout.classes or not narrow(layout, student):
+    return layout
+  assert layout.width is not None
+  sizes = layout.mesh.shape
+  rest = tuple(a for a in layout.tokens if a != layout.width and sizes[a] > 1)
+  tokens = math.prod(student.shape[:-1]) // math.prod(sizes[a] for a in rest)
+  linear = teacher is None or isinstance(teacher, LinearLogits)
+  if not linear or tokens >= student.shape[-1]:
+    return layout
+  return layout._replace(
+    chunk=chunk_of(layout) * sizes[layout.width],
+    tokens=rest,
+    classes=layout.width,
+    width=None,
+  )
+
+
+def together(layout: Layout, tree: Any) -> Any:
+  """Rows of tokens, on every device along an axis that splits the classes."""
+  if layout.classes is None:
+    return tree
+  constrain = jax.lax.with_sharding_constraint
+  return jax.tree.map(lambda x: constrain(x, PartitionSpec()), tree)
+
+
+def apart(layout: Layout, shares: Array) -> Array:
+  """[devices along classes, tokens, D] summed, tokens where they came from."""
+  if layout.classes not in BATCH_AXES:
+    return shares.sum(0)
+  scatter = functools.partial(
+    jax.lax.psum_scatter, axis_name=layout.classes, tiled=True
+  )
+  return by_classes(layout, lambda x: scatter(x[0]))(shares)
+
+
+def turned(layout: Layout, gradient: Array) -> Array:
+  """A kernel's gradient, split along its width again, as the kernel lies."""
+  if layout.classes not in BATCH_AXES:
+    return gradient
+  spec = PartitionSpec(None, layout.classes)
+  return jax.lax.with_sharding_constraint(gradient, spec)
 
 
 def split_classes(layout: Layout, x: Array, axis: int = 0) -> Array:

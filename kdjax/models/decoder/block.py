@@ -149,8 +149,7 @@ def embed(
   dtype: Any,
 ) -> Float[Array, "b s width"]:
   """Embeddings, scaled or with learned positions; NaN for no token of ours."""
-  table = pins.gathered(params["embed"]["kernel"])
-  x = jnp.take(table, tokens, axis=0).astype(dtype)
+  x = pins.looked_up(params["embed"]["kernel"], tokens, dtype)
   if net.embed_scale != 1:
     x = x * jnp.asarray(net.embed_scale, dtype)
   if not net.rotations:

@@ -1,85 +1,24 @@
-"""What a compiled program says of itself: loops, collectives, memory traffic.
-
-Read from the text of `compiled.as_text()`, one device of many. XLA's own
-count takes the body of a loop once; here each instruction counts as often as
-the loops around it run.
-"""
+"""A compiled program: its loops, its collectives, its memory traffic."""
 
 import collections
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-KINDS = (
-  "all-gather",
-  "reduce-scatter",
-  "all-reduce",
-  "all-to-all",
-  "collective-permute",
-)
+from kdjax.hlo.collectives import Collective, collective
+from kdjax.hlo.text import Array, Instruction, instruction
+
 _BEGIN = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(to_apply|calls|body)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_BITS = re.compile(r"[a-z]+?(\d+)")
 # Instructions that move nothing by themselves.
 _FREE = {
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
   "conditional", "call", "after-all", "partition-id", "replica-id", "iota",
   "opt-barrier", "add-dependency",
 }  # fmt: skip
-
-
-class Array(NamedTuple):
-  """An array of the program: its bytes, and whether it lies in HBM."""
-
-  bytes: int
-  in_hbm: bool
-  shape: str
-
-
-class Instruction(NamedTuple):
-  name: str
-  arrays: tuple[Array, ...]
-  kind: str
-  operands: tuple[str, ...]
-  rest: str
-  root: bool
-
-
-class Collective(NamedTuple):
-  """A collective operation, as often as a step runs it.
-
-  Attributes:
-    kind: one of `KINDS`.
-    bytes: of the whole array: what is gathered, what is reduced.
-    group: the devices that take part, one of several like groups.
-    times: how often a step runs it.
-    shape: the array, as the program writes it.
-    source: the operation of the traced program that it comes from.
-  """
-
-  kind: str
-  bytes: int
-  group: tuple[int, ...]
-  times: int
-  shape: str
-  source: str
-
-  @property
-  def sent(self) -> float:
-    """Bytes that each device sends in a ring, once.
-
-    n devices: (n - 1) / n of the array, twice that for an all-reduce, which is
-    a reduce-scatter and an all-gather; a permutation sends all of it.
-    """
-    n = len(self.group)
-    if self.kind == "collective-permute":
-      return float(self.bytes)
-    once = self.bytes * (n - 1) / n
-    return 2 * once if self.kind == "all-reduce" else once
 
 
 class Program:
@@ -99,7 +38,7 @@ class Program:
         inside = begin[2]
         self.entry = inside if begin[1] else self.entry
         self.computations[inside] = []
-      elif inside and (found := _instruction(line)):
+      elif inside and (found := instruction(line)):
         self.computations[inside].append(found)
     self._callers = self._found_callers()
 
@@ -125,7 +64,7 @@ class Program:
     for name, instructions in self.computations.items():
       times = self.times[name]
       for one in instructions if times else ():
-        made = _of(one, slices, times)
+        made = collective(one, slices, times)
         if made is None:
           continue
         # A TPU's reduce-scatter is written as an all-reduce that is cut.
@@ -301,136 +240,3 @@ def _read(name: str, inside: list[Instruction]) -> float:
 
 def _in_hbm(arrays: tuple[Array, ...]) -> int:
   return sum(a.bytes for a in arrays if a.in_hbm)
-
-
-def _instruction(line: str) -> Instruction | None:
-  named = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
-  if not named:
-    return None
-  shape, rest = _until_closed(line[named.end() :])
-  kind = re.match(r" ([\w-]+)\(", rest)
-  if not kind:
-    return None
-  operands, rest = _until_closed(rest[kind.end() - 1 :])
-  names = re.findall(r"%([\w.-]+)", operands)
-  if not names:
-    names = [x.split()[-1] for x in operands[1:-1].split(",") if x.strip()]
-  arrays = tuple(_arrays(shape))
-  return Instruction(
-    named[2], arrays, kind[1], tuple(names), rest, bool(named[1])
-  )
-
-
-def _until_closed(text: str) -> tuple[str, str]:
-  """What stands before the first space or comma outside brackets; the rest."""
-  depth = 0
-  for n, letter in enumerate(text):
-    depth += (letter in "([{") - (letter in ")]}")
-    if depth == 0 and (letter == ")" or text[n + 1 : n + 2] in ("", " ", ",")):
-      return text[: n + 1], text[n + 1 :]
-  return text, ""
-
-
-def _arrays(shape: str) -> Iterator[Array]:
-  for dtype, sizes, layout in _ARRAY.findall(shape):
-    bits = _BITS.match(dtype)
-    width = int(bits[1]) / 8 if bits else 1  # pred; a token has no size
-    count = math.prod(int(n) for n in sizes.split(",") if n)
-    size = 0 if dtype == "token" else math.ceil(count * width)
-    elsewhere = re.search(r"S\([1-9]\)", layout)
-    yield Array(size, not elsewhere, f"{dtype}[{sizes}]")
-
-
-def _of(
-  one: Instruction, slices: Sequence[int], times: int
-) -> Collective | None:
-  """The collective that an instruction is, if any."""
-  kind = one.kind.removesuffix("-start")
-  if kind == "send":
-    return _across(one, slices, times)
-  if kind not in KINDS:
-    return None
-  group = _group(one.rest, len(slices))
-  arrays = [a for a in one.arrays if a.shape != "u32[]"]
-  total, n = sum(a.bytes for a in arrays), len(group)
-  if one.kind == "all-gather-start":  # what goes in stands there too
-    total = total * n // (n + 1)
-  elif one.kind == "collective-permute-start":
-    total //= 2
-  elif kind == "reduce-scatter":
-    total *= n
-  shape = max(arrays, key=lambda a: a.bytes).shape if arrays else ""
-  return Collective(kind, total, group, times, shape, _source(one))
-
-
-def _across(
-  one: Instruction, slices: Sequence[int], times: int
-) -> Collective | None:
-  """A collective over slices, which the hosts do: a device hands its part out.
-
-  The devices that hold the same part in each slice exchange it.
-  """
-  told = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest)
-  if not told:
-    return None
-  kind = told[1].lower().replace("_", "-")
-  group = tuple(slices.index(n) for n in sorted(set(slices)))
-  size = one.arrays[0].bytes
-  if kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all"):
-    size *= len(group) if kind == "all-gather" else 1
-  else:
-    kind = "collective-permute"
-  return Collective(kind, size, group, times, one.arrays[0].shape, _source(one))
-
-
-def _source(one: Instruction) -> str:
-  source = re.search(r'op_name="([^"]*)"', one.rest)
-  return source[1] if source else ""
-
-
-def _group(rest: str, num_devices: int) -> tuple[int, ...]:
-  """The first of the groups of an operation.
-
-  They are written as a list, as the axes of a mesh, or as a range that is
-  shaped and transposed.
-  """
-  if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-    return int(pairs[1]), int(pairs[2])
-  if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-    return tuple(int(n) for n in listed[1].split(","))
-  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-    sizes = [int(n) for n in re.findall(r"=(\d+)", mesh[1])]
-    names = re.findall(r"'([^']+)'=", mesh[1])
-    taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])
-    return _along(names, sizes, taken)
-  shaped = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-  if found := re.search(shaped, rest):
-    sizes = [int(n) for n in found[3].split(",")]
-    axes = [int(n) for n in (found[4] or "").split(",") if n]
-    ids = _transposed(sizes, axes or list(range(len(sizes))))
-    return tuple(ids[: int(found[2])])
-  return tuple(range(num_devices))
-
-
-def _along(
-  names: list[str], sizes: list[int], taken: list[tuple[str, str, str]]
-) -> tuple[int, ...]:
-  """Devices that differ along some axes of a mesh, from the first on."""
-  ids = [0]
-  for name, before, part in taken:
-    at = names.index(name)
-    stride, count = math.prod(sizes[at + 1 :]), sizes[at]
-    if part:  # of the axis, taken apart, one factor
-      stride *= count // (int(before) * int(part))
-      count = int(part)
-    ids = [i + stride * n for i in ids for n in range(count)]
-  return tuple(ids)
-
-
-def _transposed(sizes: list[int], axes: list[int]) -> list[int]:
-  """0, 1, ... in this shape, transposed, in order."""
-  strides = [math.prod(sizes[n + 1 :]) for n in range(len(sizes))]
-  ids = [0]
-  for axis in axes:
-    ids = [i + strides[axis] * n for i in ids for n in range(sizes[axis])]
-  return ids
