@@ -42,7 +42,7 @@ from kdjax.losses.layout import over as over
 from kdjax.losses.softmax import known_support
 from kdjax.types import LinearLogits, UserError
 
-# Rows of the kernel's gradient that are added to at once.
+# Classes whose part of the gradients is made at once.
 _CLASSES = 8192
 # Logits that f sees at once on CPU, for each core: what it makes of them stays
 # in the core's cache.
@@ -318,22 +318,27 @@ def _accumulate(gradient, slope, x, kernel, index):
   multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   cut = jax.lax.dynamic_slice_in_dim
 
-  shares = [multiply("nv,vd->nd", y, kernel) for y in _parts(slope, x.dtype)]
-  share = functools.reduce(jnp.add, shares)
+  def add(start, width, sums):
+    share, total = sums
+    part = cut(slope, start, width, axis=1)
+    rows = _moved(lambda x, start: cut(x, start, width), kernel, start)
+    share += multiply("nv,vd->nd", part, rows)
+    more = multiply("nv,nd->vd", part, x) + cut(total, start, width)
+    return share, jax.lax.dynamic_update_slice_in_dim(total, more, start, 0)
 
-  def add(start, width, total):
-    more = multiply("nv,nd->vd", cut(slope, start, width, axis=1), x)
-    more += cut(total, start, width)
-    return jax.lax.dynamic_update_slice_in_dim(total, more, start, 0)
-
-  # A part at a time, so that no second array has the kernel's size.
+  # A part of the classes at a time, so that no second array has the kernel's
+  # size. A TPU adds in place.
   size = kernel.shape[0]
   step = size if jax.default_backend() == "tpu" else min(_CLASSES, size)
-  by_kernel = jax.lax.fori_loop(
-    0, size // step, lambda n, total: add(n * step, step, total), by_kernel
+  sums = jax.lax.fori_loop(
+    0,
+    size // step,
+    lambda n, sums: add(n * step, step, sums),
+    (jnp.zeros(x.shape), by_kernel),
   )
   if size % step:
-    by_kernel = add(size - size % step, size % step, by_kernel)
+    sums = add(size - size % step, size % step, sums)
+  share, by_kernel = sums
   if by_hidden.dtype != jnp.float32:
     share = _bits(share.astype(x.dtype))
   by_hidden = by_hidden.at[0, index].set(share, mode="drop")
@@ -348,11 +353,18 @@ def _flat(x: Array, batch: tuple[int, ...]) -> Array:
 
 def _take(x: Array, index: Array) -> Array:
   """Rows of x; 0 past its end."""
-  rows = jnp.take(_bits(x), index, axis=0, mode="fill", fill_value=0)
-  return _as(rows, x.dtype)
+  take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+  return _moved(take, x, index)
 
 
-# On CPU a gather or scatter of bfloat16 would convert the whole array to
+def _moved(move: Callable[..., Array], x: Array, index: Array) -> Array:
+  """move(x, index), which copies some rows of x."""
+  # Otherwise all of x would be reinterpreted, and kept, ahead of the loop.
+  x, index = jax.lax.optimization_barrier((x, index))
+  return _as(move(_bits(x), index), x.dtype)
+
+
+# On CPU a gather, scatter or slice of bfloat16 would convert the whole array to
 # float32 and, in a loop, back.
 def _bits(x: Array) -> Array:
   half = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
@@ -374,19 +386,9 @@ def _as_wide(logits: Array, size: int) -> Array:
   return jnp.pad(logits, pad, constant_values=-jnp.inf) if missing else logits
 
 
-def _parts(slope: Array, dtype: Any) -> list[Array]:
-  """Arrays of `dtype` that add up to the slope."""
-  if slope.dtype == dtype:
-    return [slope]
-  form = jnp.finfo(dtype)
-  # Not a cast and its inverse, which the compiler would leave out.
-  high = jax.lax.reduce_precision(slope, form.nexp, form.nmant)
-  return [high.astype(dtype), (slope - high).astype(dtype)]
-
-
 def _slope_dtype(dtype: Any) -> Any:
   # Rounded, as other devices' products need it, the slope costs the gradients
-  # as much again as their own rounding; products with it are no faster on CPU.
+  # as much again as their own rounding. A CPU multiplies it as it is.
   return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
@@ -403,10 +405,10 @@ def num_chunks(layout: Layout, num_tokens: int, size: int) -> int:
 
 def _sizes(layout: Layout, num_tokens: int, size: int) -> tuple[int, int]:
   """Tokens in a chunk, and of those how many f sees at once."""
-  on_cpu = jax.default_backend() == "cpu"
   chunk = min(chunk_of(layout), max(num_tokens, 1))
-  rows = max(_TILE // size, 1) * (os.cpu_count() or 1)
-  # Where classes are split each tile has its collectives.
-  alone = on_cpu and class_parts(layout) == 1
-  tile = min(rows if alone else chunk, chunk)
+  tile = chunk
+  if jax.default_backend() == "cpu":
+    rows = max(_TILE // size, 1) * (os.cpu_count() or 1)
+    # Where classes are split each tile has its collectives: fewer, then.
+    tile = min(rows if class_parts(layout) == 1 else max(rows, 32), chunk)
   return chunk + -chunk % tile, tile
