@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 # Queries that `by_blocks` takes at a time, and how many times at most.
@@ -92,8 +91,8 @@ def by_blocks(
     first = 0 if window is None else max(start - window + 1, 0)
     rows, keys = slice(start, stop), slice(first, stop)
     seen = visible(
-      np.arange(start, stop),
-      np.arange(first, stop),
+      jnp.arange(start, stop),
+      jnp.arange(first, stop),
       window,
       None if segments is None else segments[:, rows],
       None if segments is None else segments[:, keys],
