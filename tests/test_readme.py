@@ -144,6 +144,24 @@ def test_the_first_table_is_that_of_its_file():
     assert shown.split("```")[0].rstrip() == told
 
 
+def test_what_is_said_of_code_lm_is_what_was_measured():
+  found = json.loads(read("docs/results/code_lm.json"))
+  shown = re.findall("```\n(.*?)\n```", read("docs/results/code_lm.md"), re.S)
+  assert "\n\n".join([shown[1], shown[2]]) == results.table(found)
+  gain = found["gain"]["bits_per_byte"]
+  told = f"{-gain['mean']:.3f} ± {gain['stderr']:.3f}"
+  assert told in read("README.md").split("## Language models")[1]
+  first = [
+    f"{found['seeds'][0][n]['bits_per_byte']:.2f}" for n in results.NETWORKS
+  ]
+  assert (
+    "{} bits per byte for the teacher, {} for the student alone and {}".format(
+      *first
+    )
+    in " ".join(read("docs/tutorials/language.md").split())
+  )
+
+
 def commands():
   return [
     (name, line[line.index(RUN) :].split("#")[0].strip())
