@@ -1,4 +1,4 @@
-"""How `configs/code_lm.py` was tuned: three learning rates each, validation.
+"""How `configs/code_lm.py` was tuned: the learning rates, on validation.
 
     python benchmarks/tune_code_lm.py
 
@@ -23,8 +23,8 @@ from kdjax import train  # noqa: E402
 SEED = 100
 RATES = {
   "teacher": (1e-3, 2e-3, 4e-3),
-  "alone": (3e-3, 6e-3, 12e-3),
-  "distilled": (3e-3, 6e-3, 12e-3),
+  "alone": (1.5e-3, 3e-3, 6e-3, 12e-3),
+  "distilled": (1.5e-3, 3e-3, 6e-3, 12e-3),
 }
 
 

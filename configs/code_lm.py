@@ -8,9 +8,8 @@ the same rows; the distilled one also gets the teacher's probabilities. Numbers
 of different Python versions, whose sources differ, are not to be compared.
 
 Tuned on the validation split with `benchmarks/tune_code_lm.py`: the learning
-rates of teacher, student alone and student distilled, three each, on a seed
-that is not reported. Nothing on the test split. Results:
-docs/results/code_lm.md.
+rates of teacher, student alone and student distilled, on a seed that is not
+reported. Nothing on the test split. Results: docs/results/code_lm.md.
 """
 
 from ml_collections import ConfigDict
