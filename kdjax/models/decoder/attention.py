@@ -56,11 +56,17 @@ def dense(
     dropout: (rate, key), on the probabilities that v is averaged with.
   """
   b, s, h, d = q.shape
-  groups = q.reshape(b, s, k.shape[2], -1, d)
+  t, kv = k.shape[1:3]
+  # The queries of a group on one axis: products over two, as the gradients
+  # would have, XLA on a CPU begins by copying the scores transposed.
+  groups = q.reshape(b, s, kv, -1, d).transpose(0, 2, 3, 1, 4)
   scores = jnp.einsum(
-    "bskgd,btkd->bkgst", groups, k, preferred_element_type=jnp.float32
+    "bknd,btkd->bknt",
+    groups.reshape(b, kv, -1, d),
+    k,
+    preferred_element_type=jnp.float32,
   )
-  scores = capped(scores * scale, softcap)
+  scores = capped(scores * scale, softcap).reshape(b, kv, -1, s, t)
   scores = jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
   probability = jax.nn.softmax(scores, axis=-1)
   kept = probability
@@ -68,8 +74,10 @@ def dense(
     rate, key = dropout
     keep = jax.random.bernoulli(key, 1 - rate, probability.shape)
     kept = jnp.where(keep, probability / (1 - rate), 0.0)
-  y = jnp.einsum("bkgst,btkd->bskgd", kept.astype(v.dtype), v)
-  return y.reshape(b, s, h, d), probability.reshape(b, h, s, -1)
+  kept = kept.astype(v.dtype).reshape(b, kv, -1, t)
+  y = jnp.einsum("bknt,btkd->bknd", kept, v).reshape(b, kv, -1, s, d)
+  y = y.transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)
+  return y, probability.reshape(b, h, s, t)
 
 
 def by_blocks(
