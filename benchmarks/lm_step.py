@@ -9,8 +9,9 @@
 
   flops    products of matrices, with their loops, / (2 · teacher + 6 · student)
            · tokens + attention: of the step as traced, and as compiled. The
-           attention is that of the whole square, as the equation has it; a
-           GPU's kernels are calls of a library, not counted
+           attention is that of the scores that are made: on a CPU by blocks,
+           elsewhere of the whole square, as the equation has it; a GPU's
+           kernels are calls of a library, not counted
   memory   temporary memory / that of the student's own step on the labels, with
            the same head. `remat`: both with remat="block"; the teacher takes
            the batch in 4 parts, or all that is compared takes 4 microbatches
@@ -41,7 +42,7 @@ from step_flops import RESULTS, bytes_of, products, put, save, temporary
 from kdjax import flops, parallel
 from kdjax.in_parts import in_parts
 from kdjax.losses.fused import Layout
-from kdjax.models.decoder import architecture, decoder
+from kdjax.models.decoder import architecture, attention, decoder
 from kdjax.models.decoder.parameters import shapes
 from kdjax.objective import Objective, hinton
 from kdjax.train_step import init_state, jit_step, make_train_step
@@ -158,9 +159,13 @@ def lowered(*given: Any, **more: Any) -> Any:
   return step.lower(*jax.eval_shape(arguments))
 
 
-def needed(size: Size, *, visible: float = 1.0) -> float:
-  """(2 · teacher + 6 · student) · tokens + attention of that share of S²."""
+def needed(size: Size, *, visible: float | None = None) -> float:
+  """(2 · teacher + 6 · student) · tokens + attention of that share of S².
+
+  By default of the share that is made.
+  """
   tokens, total = size.batch * size.length, 0.0
+  visible = visible or scores_made(size.length)
   for config, times in ((size.teacher, 1), (size.student, 3)):
     net = architecture(config)
     weights = net.vocab_size * net.width + sum(
@@ -171,6 +176,14 @@ def needed(size: Size, *, visible: float = 1.0) -> float:
     scores = 2 * net.depth * net.heads * net.head_dim * visible * size.length
     total += times * 2 * tokens * (weights + scores)
   return total
+
+
+def scores_made(length: int) -> float:
+  """Share of the square of scores that this backend's attention makes."""
+  if jax.default_backend() != "cpu" or length <= attention.BLOCK:
+    return 1.0
+  made = sum((b - a) * b for a, b in attention.blocks(length))
+  return made / length**2
 
 
 def program(size: Size) -> dict[str, float]:

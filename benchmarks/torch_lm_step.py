@@ -150,8 +150,9 @@ def torch_decoder(config: Any, params: Any) -> Any:
     def forward(self, tokens: Any) -> Any:
       x = functional.embedding(tokens, self.embed)
       turned = torch.arange(tokens.shape[1])[:, None] * self.frequencies
+      angles = turned.cos(), turned.sin()
       for block in self.blocks:
-        x = block(x, (turned.cos(), turned.sin()))
+        x = block(x, angles)
       return functional.linear(norm(x, self.norm), self.embed)
 
   return Decoder()

@@ -1,11 +1,11 @@
-"""How `configs/code_lm.py` was tuned: three learning rates a side, validation.
+"""How `configs/code_lm.py` was tuned: the learning rates, on validation.
 
     python benchmarks/tune_code_lm.py
 
-Student alone and distilled are trained for a third of their updates, with each
-rate, on a seed that the config does not report, and ranked by bits per byte of
-the validation split. `--teacher=FOLDER` takes a teacher that a run has trained
-(`runs/lm/seed_0/teacher`) instead of training one first.
+Teacher, student alone and student distilled are trained for half of their
+updates, with each rate, on a seed that the config does not report, and ranked
+by bits per byte of the validation split. `--teacher=FOLDER` takes a teacher
+that a run has trained (`runs/lm/seed_0/teacher`) instead of training any.
 """
 
 import argparse
@@ -20,18 +20,26 @@ import code_lm  # noqa: E402
 
 from kdjax import train  # noqa: E402
 
-SEED, STEPS = 100, 500
-RATES = (1.5e-3, 3e-3, 6e-3)
+SEED = 100
+RATES = {
+  "teacher": (1e-3, 2e-3, 4e-3),
+  "alone": (1.5e-3, 3e-3, 6e-3, 12e-3),
+  "distilled": (1.5e-3, 3e-3, 6e-3, 12e-3),
+}
 
 
-def config_for(phase: str, rate: float, teacher: str):
+def config_for(phase: str, teacher: str, rate: float | None = None):
+  """One phase: half of it at a rate, or all of it as the config has it."""
   c = code_lm.get_config()
   c.seed, c.data.eval_split, c.teacher.path = SEED, "validation", teacher
-  other = {"alone": "distilled", "distilled": "alone"}[phase]
-  c.phases[other].steps = 0
-  c.phases[phase].steps = STEPS
-  schedule = c.phases[phase].optimizer.learning_rate
-  schedule.update(peak_value=rate, decay_steps=STEPS, warmup_steps=STEPS // 20)
+  for other in set(RATES) - {phase}:
+    c.phases[other].steps = 0
+  if rate is not None:
+    steps = c.phases[phase].steps = c.phases[phase].steps // 2
+    schedule = c.phases[phase].optimizer.learning_rate
+    schedule.update(
+      peak_value=rate, decay_steps=steps, warmup_steps=steps // 20
+    )
   return c
 
 
@@ -43,20 +51,20 @@ def main() -> None:
   teacher = parser.parse_args().teacher
   with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch)
-    if not teacher:
-      c = code_lm.get_config()
-      c.seed, c.phases.alone.steps, c.phases.distilled.steps = SEED, 0, 0
-      train.train(c, folder / "teacher")
-      teacher = str(folder / f"teacher/seed_{SEED}/teacher")
-    for phase in ("alone", "distilled"):
+    for phase, rates in RATES.items():
+      if phase == "teacher" and teacher:
+        continue
       scores = []
-      for n, rate in enumerate(RATES):
-        config = config_for(phase, rate, teacher)
+      for n, rate in enumerate(rates):
+        config = config_for(phase, teacher, rate)
         results = train.train(config, folder / f"{phase}_{n}")
-        score = results[f"student_{phase}"]["bits_per_byte"]
-        scores.append((score, rate))
-        print(phase, f"rate {rate:g}", f"{score:.4f} bits/byte", flush=True)
-      print(phase, "best:", min(scores)[1], flush=True)
+        name = phase if phase == "teacher" else f"student_{phase}"
+        scores.append((results[name]["bits_per_byte"], rate))
+        print(f"{phase}, rate {rate:g}: {scores[-1][0]:.4f}", flush=True)
+      print(f"{phase}, best: {min(scores)[1]:g}", flush=True)
+      if phase == "teacher":
+        train.train(config_for("teacher", ""), folder / "whole")
+        teacher = str(folder / f"whole/seed_{SEED}/teacher")
 
 
 if __name__ == "__main__":

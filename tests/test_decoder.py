@@ -11,6 +11,7 @@ from golden_decoders import NAMES, assert_close, golden
 from kdjax import parallel, pins
 from kdjax.errors import UserError
 from kdjax.models.decoder import attention, decoder, network
+from kdjax.models.decoder.block import linear
 from kdjax.types import LinearLogits
 
 
@@ -153,6 +154,14 @@ def test_the_program_does_not_grow_with_the_depth():
   assert deep == shallow
 
 
+def test_a_kernels_gradient_is_a_product_over_one_axis():
+  # Over rows and tokens apart, a CPU copies an operand transposed first.
+  x, w = jnp.ones((2, 3, 4)), {"kernel": jnp.ones((4, 5))}
+  gradient = jax.grad(lambda w: linear(x, w).sum())
+  made = str(jax.make_jaxpr(gradient)(w))
+  assert "dimension_numbers=(([0], [0])" in made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, 2.0)])
@@ -177,6 +186,58 @@ def test_the_kernel_for_tpus_is_the_equation(segmented, window, softcap):
     ours, theirs = (x(q) if callable(x) else (x,) for x in (ours, theirs))
     for a, b in zip(ours, theirs):
       assert_close(a, b)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(
+  ("window", "softcap"), [(None, None), (5, 2.0), (1, None), (40, None)]
+)
+def test_attention_by_blocks_is_the_equation(
+  monkeypatch, segmented, window, softcap
+):
+  """Values and gradients in float64; 3 blocks, of 8, 8 and 5 queries."""
+  monkeypatch.setattr(attention, "BLOCK", 8)
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, 21, h, 4)) for h in (4, 2, 2))
+  segments = np.sort(rng.integers(0, 4, (2, 21))) if segmented else None
+  slots, how = np.arange(21), dict(scale=0.3, softcap=softcap)
+
+  def blocks(q, k, v):
+    return attention.by_blocks(q, k, v, segments, window, **how)
+
+  def equation(q, k, v):
+    seen = attention.visible(slots, slots, window, segments, segments)
+    return attention.dense(q, k, v, seen, **how)[0]
+
+  with jax.enable_x64(True):
+    (y, back), (want, want_back) = (
+      jax.vjp(f, q, k, v) for f in (blocks, equation)
+    )
+    # The scores are float32 in both.
+    for a, b in zip((y, *back(y)), (want, *want_back(want))):
+      assert a.dtype == np.float64
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_by_blocks_never_makes_the_square():
+  """Of 8 blocks 36 of 64 squares; where two suffice for a window, 15."""
+  shape = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)
+
+  def flops(attend):
+    made = jax.jit(attend).lower(shape, shape, shape)
+    return made.cost_analysis()["flops"]
+
+  def equation(window, q, k, v):
+    slots = jnp.arange(1024)
+    seen = attention.visible(slots, slots, window, None, None)
+    return attention.dense(q, k, v, seen, scale=1.0)
+
+  for window, share in ((None, 36 / 64), (129, 15 / 64)):
+    blocks = functools.partial(
+      attention.by_blocks, segments=None, window=window, scale=1.0
+    )
+    whole = functools.partial(equation, window)
+    assert flops(blocks) == pytest.approx(share * flops(whole), rel=0.01)
 
 
 def test_a_kernel_gets_each_layers_window(monkeypatch):

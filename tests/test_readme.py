@@ -145,6 +145,25 @@ def test_the_first_table_is_that_of_its_file():
     assert shown.split("```")[0].rstrip() == told
 
 
+def test_what_is_said_of_code_lm_is_what_was_measured():
+  found = json.loads(read("docs/results/code_lm.json"))
+  page = read("docs/results/code_lm.md")
+  _, table, samples = re.findall("```\n(.*?)\n```", page, re.S)
+  assert f"{table}\n\n{samples}" == results.table(found).rstrip()
+  gain, of = found["gain"]["bits_per_byte"], "{:.3f} ± {:.3f}"
+  told = of.format(-gain["mean"], gain["stderr"])
+  for n, words in zip(results.NETWORKS[1:], ("alone", "distilled")):
+    told += f"|{found[n]['bits_per_byte']:.3f} {words}"
+  told += f"|{found['teacher']['bits_per_byte']:.3f} the teacher"
+  assert all(words in read("README.md") for words in told.split("|"))
+  first = [found["seeds"][0][n]["bits_per_byte"] for n in results.NETWORKS]
+  assert (
+    "{:.2f} bits per byte for the teacher, {:.2f} for the student alone and "
+    "{:.2f} distilled".format(*first)
+    in read("docs/tutorials/language.md")
+  )
+
+
 def commands():
   return [
     (name, line[line.index(RUN) :].split("#")[0].strip())

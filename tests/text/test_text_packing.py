@@ -102,20 +102,27 @@ def test_the_shift_by_hand():
 @pytest.mark.parametrize("cut", [True, False])
 def test_an_epoch_holds_every_document_in_an_order_of_its_own(cut):
   tokens = store((5, 3, 6, 2, 4, 7) * 4)
-  total = int(tokens.sizes.sum())
-  length = 7
-  if cut:
-    rows = total  # `length` epochs in as many rows as one epoch has positions
-    batches = take(train(tokens, batch_size=1, sequence_length=length), rows)
-    pairs = predictions(batches)
-    epochs = [pairs[n * total : (n + 1) * total] for n in range(length)]
-  else:
-    rows = len(packing._whole(tokens, length, 3))
-    steps = iter(train(tokens, batch_size=1, sequence_length=length, cut=False))
-    epochs = [predictions([next(steps) for _ in range(rows)]) for _ in range(3)]
+  length = 6 if cut else 7  # of 84 positions: 6 leaves no rest
+  rows = 14 if cut else len(packing._whole(tokens, length, 3))
+  steps = iter(train(tokens, batch_size=1, sequence_length=length, cut=cut))
+  epochs = [predictions([next(steps) for _ in range(rows)]) for _ in range(3)]
   for epoch in epochs:
     assert sorted(epoch) == sorted(every_pair((5, 3, 6, 2, 4, 7) * 4))
   assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_that_do_not_divide_the_epoch_lose_nothing():
+  # 10 rows of 3 positions a run, 31 positions an epoch.
+  pairs = predictions(take(train(store(), sequence_length=3), 80))
+  counts = np.unique(pairs, axis=0, return_counts=True)[1]
+  assert len(counts) == len(every_pair())
+  assert counts.max() - counts.min() <= 1
+
+
+def test_the_rows_of_a_batch_are_not_one_documents_neighbours():
+  tokens = store((60, 60, 60, 60))
+  (batch,) = take(train(tokens, batch_size=8, sequence_length=5), 1)
+  assert len(set(batch["tokens"][:, 0] // 100)) > 2
 
 
 def test_a_training_row_has_no_padding_and_may_span_epochs():

@@ -69,12 +69,15 @@ def train_batches(
 
   With `cut`, for texts: each epoch's documents stand end to end in the order
   `default_rng((3, seed, epoch)).permutation(N)`, and every S positions are a
-  row. No position is padding; a document that a row's end cuts goes on in the
-  next row, as a new segment.
+  row. No position is padding; a document that a row's end cuts goes on in
+  another row, as a new segment.
 
   Without, for conversations: rows hold whole documents, laid into them by first
-  fit in an order drawn from the seed, and each epoch permutes the rows. A
-  document longer than a row keeps its beginning; see `num_shortened`.
+  fit in an order drawn from the seed. A document longer than a row keeps its
+  beginning; see `num_shortened`.
+
+  Either way each epoch permutes the rows: the rows of one batch are of many
+  documents, not one document's neighbours.
 
   Args:
     tokens: what to read.
@@ -99,7 +102,7 @@ def train_batches(
   check_length(sequence_length)
   rows = local_rows(batch_size, process_index, process_count)
   if cut:
-    pieces_of = _stream(tokens, sequence_length, seed)
+    pieces_of = _shuffled_stream(tokens, sequence_length, seed)
   else:
     pieces_of = shuffled(_whole(tokens, sequence_length, seed), seed)
 
@@ -244,16 +247,22 @@ def first_fit(
 
 def shuffled(rows: Sequence[Row], seed: int) -> Callable[[int], Row]:
   """Row of the endless stream -> its pieces; each epoch permutes the rows."""
+  places = _places(len(rows), seed)
+  return lambda row: rows[places(row) % len(rows)]
+
+
+def _places(count: int, seed: int) -> Callable[[int], int]:
+  """0, 1, 2, ... -> the same numbers, permuted within every `count` of them."""
 
   @functools.lru_cache(maxsize=2)
   def order(epoch: int) -> np.ndarray:
-    return np.random.default_rng((_ROWS, seed, epoch)).permutation(len(rows))
+    return np.random.default_rng((_ROWS, seed, epoch)).permutation(count)
 
-  def find(row: int) -> Row:
-    epoch, place = divmod(row, len(rows))
-    return rows[order(epoch)[place]]
+  def place(n: int) -> int:
+    epoch, at = divmod(n, count)
+    return epoch * count + int(order(epoch)[at])
 
-  return find
+  return place
 
 
 def local_rows(
@@ -274,6 +283,15 @@ def local_rows(
   return np.arange(process_index * local, (process_index + 1) * local)
 
 
+def _shuffled_stream(
+  tokens: Tokens, length: int, seed: int
+) -> Callable[[int], list[Piece]]:
+  """The rows of `_stream`, permuted by about an epoch at a time."""
+  pieces_of = _stream(tokens, length, seed)
+  places = _places(max(int(tokens.sizes.sum()) // length, 1), seed)
+  return lambda row: pieces_of(places(row))
+
+
 def _stream(
   tokens: Tokens, length: int, seed: int | None
 ) -> Callable[[int], list[Piece]]:
@@ -281,8 +299,8 @@ def _stream(
   sizes = tokens.sizes
   total = int(sizes.sum())
 
-  # Two, because a batch may span two epochs.
-  @functools.lru_cache(maxsize=2)
+  # A batch may span two runs of permuted rows, and these three epochs.
+  @functools.lru_cache(maxsize=3)
   def laid_out(epoch: int) -> tuple[np.ndarray, np.ndarray]:
     documents = np.arange(len(tokens))
     if seed is not None:

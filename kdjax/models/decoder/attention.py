@@ -1,4 +1,4 @@
-"""Causal attention of grouped heads: the equation, and two fused kernels.
+"""Causal attention of grouped heads: the equation, by blocks, and two kernels.
 
 A query sees the keys at or before it, in its own document, and at most
 `window` tokens back, itself included. Slots of the row count for that, not
@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
+
+# Queries that `by_blocks` takes at a time, and how many times at most.
+BLOCK, BLOCKS = 128, 8
 
 
 def visible(
@@ -53,11 +56,17 @@ def dense(
     dropout: (rate, key), on the probabilities that v is averaged with.
   """
   b, s, h, d = q.shape
-  groups = q.reshape(b, s, k.shape[2], -1, d)
+  t, kv = k.shape[1:3]
+  # The queries of a group on one axis: products over two, as the gradients
+  # would have, XLA on a CPU begins by copying the scores transposed.
+  groups = q.reshape(b, s, kv, -1, d).transpose(0, 2, 3, 1, 4)
   scores = jnp.einsum(
-    "bskgd,btkd->bkgst", groups, k, preferred_element_type=jnp.float32
+    "bknd,btkd->bknt",
+    groups.reshape(b, kv, -1, d),
+    k,
+    preferred_element_type=jnp.float32,
   )
-  scores = capped(scores * scale, softcap)
+  scores = capped(scores * scale, softcap).reshape(b, kv, -1, s, t)
   scores = jnp.where(seen[:, None, None], scores, jnp.finfo(scores.dtype).min)
   probability = jax.nn.softmax(scores, axis=-1)
   kept = probability
@@ -65,8 +74,46 @@ def dense(
     rate, key = dropout
     keep = jax.random.bernoulli(key, 1 - rate, probability.shape)
     kept = jnp.where(keep, probability / (1 - rate), 0.0)
-  y = jnp.einsum("bkgst,btkd->bskgd", kept.astype(v.dtype), v)
-  return y.reshape(b, s, h, d), probability.reshape(b, h, s, -1)
+  kept = kept.astype(v.dtype).reshape(b, kv, -1, t)
+  y = jnp.einsum("bknt,btkd->bknd", kept, v).reshape(b, kv, -1, s, d)
+  y = y.transpose(0, 3, 1, 2, 4).reshape(b, s, h, d)
+  return y, probability.reshape(b, h, s, t)
+
+
+def by_blocks(
+  q: Float[Array, "b s h d"],
+  k: Float[Array, "b s k d"],
+  v: Float[Array, "b s k d"],
+  segments: Int[Array, "b s"] | None,
+  window: int | None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Float[Array, "b s h d"]:
+  """The same, some queries at a time over the keys that any of them sees.
+
+  n blocks make (n + 1) / (2 n) of the square, and fewer under a window.
+  """
+  made = []
+  for start, stop in blocks(q.shape[1]):
+    first = 0 if window is None else max(start - window + 1, 0)
+    rows, keys = slice(start, stop), slice(first, stop)
+    seen = visible(
+      jnp.arange(start, stop),
+      jnp.arange(first, stop),
+      window,
+      None if segments is None else segments[:, rows],
+      None if segments is None else segments[:, keys],
+    )
+    block = q[:, rows], k[:, keys], v[:, keys]
+    made.append(dense(*block, seen, scale=scale, softcap=softcap)[0])
+  return jnp.concatenate(made, axis=1)
+
+
+def blocks(length: int) -> list[tuple[int, int]]:
+  """The first of each block's queries, and one past its last."""
+  side = max(BLOCK, -(-length // BLOCKS))
+  return [(n, min(n + side, length)) for n in range(0, length, side)]
 
 
 def cudnn(
@@ -145,13 +192,15 @@ def kernel(
   *,
   alone: bool,
 ) -> str | None:
-  """The fused attention that the backend has for these sizes, if any.
+  """The attention that beats the equation for these sizes, if any does.
 
   Args:
     alone: whether each device will see whole rows and heads, by itself or
       through `pins.apart`.
   """
   backend = jax.default_backend()
+  if backend == "cpu":
+    return "blocks" if length > BLOCK else None
   if backend == "gpu":
     half = jnp.dtype(dtype) in (jnp.dtype("bfloat16"), jnp.dtype("float16"))
     fits = head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0

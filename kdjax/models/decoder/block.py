@@ -29,10 +29,15 @@ def normalise(net: Architecture, x: Array, w: dict[str, Array]) -> Array:
 
 def linear(x: Array, w: dict[str, Array]) -> Array:
   """x · W, with what `lora.attach` put beside W; and its bias."""
+  shape = x.shape[:-1]
+  # With one axis of rows, XLA on a CPU takes the product that is the kernel's
+  # gradient as it stands; with two, it copies x or dy transposed first.
+  x = x.reshape(-1, x.shape[-1])
   y = x @ w["kernel"].astype(x.dtype)
   if "lora_in" in w:
     y = y + (x @ w["lora_in"].astype(x.dtype)) @ w["lora_out"].astype(x.dtype)
-  return y + _like(w["bias"].astype(x.dtype), y) if "bias" in w else y
+  y = y + _like(w["bias"].astype(x.dtype), y) if "bias" in w else y
+  return y.reshape(*shape, -1)
 
 
 class Layer(NamedTuple):

@@ -247,6 +247,9 @@ def _attend(
   """Attention over the row itself, by a kernel or by the equation."""
   scale, softcap = net.score_scale, net.attention_softcap
   one_of = {
+    "blocks": functools.partial(
+      attention.by_blocks, scale=scale, softcap=softcap
+    ),
     "cudnn": functools.partial(attention.cudnn, scale=scale),
     "splash": functools.partial(attention.splash, scale=scale, softcap=softcap),
   }
