@@ -240,6 +240,7 @@ def test_the_roofline_by_hand(monkeypatch):
 
 
 def run(*arguments):
+  jax.devices()  # the 8 of the tests: a new process would start its own
   return scaling.main(["scaling", *arguments])
 
 
@@ -260,6 +261,17 @@ def test_a_config_on_eight_devices(tmp_path, capsys, monkeypatch):
   kinds = {row["kind"] for row in got["collectives"]}
   assert {"all-gather", "all-reduce"} <= kinds
   assert got["seconds"] is None
+
+
+def test_a_program_that_the_compiler_cannot_print(capsys, monkeypatch):
+  def refuses(_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nwith more")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", refuses)
+  assert run(DIGITS, "--devices=1") == 2
+  told = capsys.readouterr().err
+  assert "takes" in told and "cannot print it" in told and "RET_CHECK" in told
+  assert told.count("\n") == 1
 
 
 def module(name) -> Any:

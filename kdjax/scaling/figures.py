@@ -14,11 +14,12 @@ from jaxtyping import PyTree
 
 import kdjax.config as configuration
 from kdjax import chips, health, memory_plan, parallel
+from kdjax.errors import UserError, in_line
 from kdjax.experiment import experiment, phases
 from kdjax.flops import of_program, of_step
 from kdjax.hlo import Collective, Program
 from kdjax.losses import fused
-from kdjax.memory_plan import Plan
+from kdjax.memory_plan import Plan, readable
 from kdjax.train_step import jit_step, state_shardings
 from kdjax.types import Batch, LinearLogits, TrainState
 
@@ -60,8 +61,8 @@ def measure(
     hlo: a file for the program's text.
 
   Raises:
-    UserError: for mistakes in the config, and a mesh or batch that the devices
-      do not divide.
+    UserError: for mistakes in the config, a mesh or batch that the devices do
+      not divide, and a program that the compiler cannot print.
   """
   configuration.check_keys(config)
   mesh = parallel.make_mesh(devices=devices, **config.mesh)
@@ -88,7 +89,8 @@ def measure(
       parts.frozen,
       parts.batch,
     )
-  text = compiled.as_text() or ""
+  memory = memory_plan.read(compiled, *given)
+  text = _text(compiled, kind, memory)
   if hlo is not None:
     hlo.write_text(text)
   program, count = Program(text, trips), len(devices)
@@ -101,7 +103,7 @@ def measure(
     kind,
     slices,
     dict(mesh.shape),
-    memory_plan.read(compiled, *given),
+    memory,
     computed,
     of_model / count,
     traffic,
@@ -109,6 +111,18 @@ def measure(
     chips.roofline(kind, computed, traffic, found, slices),
     seconds,
   )
+
+
+def _text(compiled: Any, kind: str, memory: Plan) -> str:
+  try:
+    return compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError as error:
+    # As libtpu 0.0.52 does of some programs for v5p.
+    raise UserError(
+      f"the step compiles for {kind} and takes {readable(memory.total)} of a "
+      "device, but the compiler cannot print it, so that its collectives and "
+      f"time are not known: try another chip ({in_line(str(error))[:200]})"
+    ) from error
 
 
 def _step(made: Any, config: Any, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
