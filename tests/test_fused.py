@@ -198,6 +198,21 @@ def test_vocabularies_padded_differently(size):
   close(got, want)
 
 
+@pytest.mark.parametrize("label", [-1, TRUE, STUDENT_V])
+def test_a_label_that_is_no_class_gives_nan(label):
+  """The padding, where the support is known beforehand, is no class."""
+  head = LinearLogits(*map(single, ARRAYS[:2]), num_classes=TRUE)
+  goal = Objective((Term("hard", losses.cross_entropy, group="hard"),))
+  labels = LABEL.copy()
+  labels[0, 1] = label
+  (parts, _), (whole, _) = (
+    values(goal, head, None, batch=BATCH_OF | {"label": labels}, chunk=chunk)
+    for chunk in (4, 0)
+  )
+  assert np.isnan(parts["hard"])
+  assert np.isnan(whole["hard"])
+
+
 # A chunk of 3 is made one of 4, two tiles.
 @pytest.mark.parametrize("chunk", [3, 4])
 def test_masked_tokens_are_not_reached(chunk):

@@ -57,3 +57,20 @@ def test_a_support_that_is_known_is_not_looked_for():
   with pytest.raises(UserError), softmax.known_support(4):
     softmax.over_common_support(logits, logits[:, :3])
   assert softmax.support(logits).tolist() == [[True, False, True, True]]
+
+
+def test_relative_entropy_has_the_derivatives_of_its_equation():
+  rng = np.random.default_rng(0)
+  log_a, log_b = oracle.log_softmax(3 * rng.normal(size=(2, 5, 7)), 1.0)
+  where = jnp.ones((5, 7), bool)
+
+  def plain(u, v):
+    return jnp.sum(jnp.exp(v) - jnp.exp(u) * (1 + v - u))
+
+  for n in (0, 1):
+    ours = jax.grad(
+      lambda u, v: softmax.relative_entropy(u, v, where).sum(), n
+    )(jnp.float32(log_a), jnp.float32(log_b))
+    with jax.enable_x64(True):
+      want = jax.grad(plain, n)(jnp.float64(log_a), jnp.float64(log_b))
+    oracle.close(ours, want)
