@@ -270,7 +270,8 @@ def test_a_program_that_the_compiler_cannot_print(capsys, monkeypatch):
   monkeypatch.setattr(jax.stages.Compiled, "as_text", refuses)
   assert run(DIGITS, "--devices=1") == 2
   told = capsys.readouterr().err
-  assert "takes" in told and "cannot print it" in told and "RET_CHECK" in told
+  assert "cannot print it" in told
+  assert "RET_CHECK" in told
   assert told.count("\n") == 1
 
 
