@@ -308,7 +308,9 @@ def result_of_one(make):
 
 
 @pytest.mark.parametrize("make", [language, images])
-@pytest.mark.parametrize("axes", [FSDP, (2, 2, 2)])
+@pytest.mark.parametrize(
+  "axes", [pytest.param(FSDP, marks=pytest.mark.slow), (2, 2, 2)]
+)
 def test_any_mesh_makes_the_same_steps(make, axes):
   got, want = two_steps(*on(make, axes)), result_of_one(make)
   # Adam divides by the root of a gradient's square: where that is near 0, what

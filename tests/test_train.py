@@ -179,6 +179,7 @@ def test_a_teacher_is_trained_alone(config, tmp_path, data_dir, capsys):
   assert [f.name for f in (tmp_path / "seed_0").iterdir()] == ["teacher"]
 
 
+@pytest.mark.slow
 def test_a_second_start_trains_nothing_and_tells_the_same(
   tmp_path, finished, data_dir, monkeypatch, capsys
 ):
