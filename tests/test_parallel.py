@@ -373,13 +373,13 @@ def test_fsdp_divides_what_a_device_holds():
 @pytest.mark.slow
 def test_no_device_has_a_whole_table_of_the_vocabulary():
   """Neither embeddings nor head, of student or teacher, nor a gradient."""
-  compiled, arguments = on(parallel.make_mesh(fsdp=8), vocabulary())
+  compiled, arguments = on(vocabulary, FSDP)
   for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text()):
     rows, *rest = (int(n) for n in dims.split(","))
     assert rows < 8001 or rest not in ([128], [192]), dims
   of_one, of_eight = (
     each.memory_analysis().temp_size_in_bytes
-    for each in (single(vocabulary)[0], compiled)
+    for each in (on(vocabulary, ONE)[0], compiled)
   )
   table = 4 * 8001 * 192
   assert of_eight <= 1.1 * (of_one / 8 + table)
