@@ -29,6 +29,7 @@ from kdjax.losses.layout import Layout as Layout
 from kdjax.losses.layout import (
   added,
   apart,
+  by_rows,
   chunk_of,
   class_parts,
   fewer,
@@ -194,7 +195,7 @@ def _through(f, layout, weights, student, teacher, rows, constants):
   hidden = together(layout, _flat(student.hidden, batch))
   rows = together(layout, {name: _flat(x, batch) for name, x in rows.items()})
   split = functools.partial(split_classes, layout)
-  kernel = split(student.kernel.astype(dtype))
+  kernel = by_rows(layout, student.kernel.astype(dtype))
   target, finish_target = _targets(teacher, batch, layout, student)
   chunk, tile = _sizes(layout, counts.size, student.shape[-1])
   # Products of finite numbers are at -inf where they pad, and nowhere else.
@@ -270,7 +271,7 @@ def _targets(teacher, batch, layout, student):
     return functools.partial(_take, logits), lambda x: finish(_as_wide(x, size))
   hidden = together(layout, _flat(teacher.hidden, batch))
   split = functools.partial(split_classes, layout)
-  kernel = split(teacher.kernel.astype(hidden.dtype))
+  kernel = by_rows(layout, teacher.kernel.astype(hidden.dtype))
   return (
     lambda index: _product(split, _take(hidden, index), kernel),
     lambda product: _as_wide(teacher.finish(product), size),

@@ -110,12 +110,36 @@ def apart(layout: Layout, shares: Array) -> Array:
   return by_classes(layout, lambda x: scatter(x[0]))(shares)
 
 
+def by_rows(layout: Layout, kernel: Array) -> Array:
+  """A kernel, which lies along its width, with the classes on their devices."""
+  if layout.classes not in BATCH_AXES or kernel.shape[1] % class_parts(layout):
+    return split_classes(layout, kernel)
+  return _exchanged(layout, kernel, 0, 1)
+
+
 def turned(layout: Layout, gradient: Array) -> Array:
   """A kernel's gradient, split along its width again, as the kernel lies."""
   if layout.classes not in BATCH_AXES:
     return gradient
-  spec = PartitionSpec(None, layout.classes)
-  return jax.lax.with_sharding_constraint(gradient, spec)
+  return _exchanged(layout, gradient, 1, 0)
+
+
+def _exchanged(layout: Layout, kernel: Array, to: int, of: int) -> Array:
+  """Split along `to` and not, as before, `of`.
+
+  By hand: some compilers would make the whole of it on the way.
+  """
+  exchange = functools.partial(
+    jax.lax.all_to_all, split_axis=to, concat_axis=of, tiled=True
+  )
+  spec = lambda axis: PartitionSpec(*[None] * axis, layout.classes)  # noqa: E731
+  return jax.shard_map(
+    lambda x: exchange(x, layout.classes),
+    axis_names={layout.classes},
+    in_specs=spec(of),
+    out_specs=spec(to),
+    check_vma=False,
+  )(kernel)
 
 
 def split_classes(layout: Layout, x: Array, axis: int = 0) -> Array:
