@@ -65,12 +65,12 @@ def cross_entropy(
     )
   else:
     at_label = target(labels, where)
-    soft = at_label.astype(jnp.float32)
-    inside = in_support(labels, at_label)
     if isinstance(label_smoothing, int | float) and label_smoothing == 0:
       # The same number, without three passes over all classes.
       hard = log_total[..., 0] - jnp.sum(below, axis=-1, where=at_label)
-      return jnp.where(inside, hard, jnp.nan)
+      return _at_labels(hard, labels, at_label)
+    soft = at_label.astype(jnp.float32)
+    inside = in_support(labels, at_label)
   log_q = jnp.where(where, below - log_total, 0.0)
   num_classes = jnp.maximum(jnp.sum(where, axis=-1, keepdims=True), 1)
   smooth = (1.0 - epsilon) * soft + epsilon / num_classes
@@ -121,7 +121,9 @@ def dkd(
   tckd = jnp.exp(log_p) * (log_p - log_q)
   tckd += jnp.exp(log_rest_p) * (log_rest_p - log_rest_q)
   nckd = softmax_kl(teacher, student, temperature, others)
-  return _at_labels(target_weight * tckd + nontarget_weight * nckd, at_label)
+  return _at_labels(
+    target_weight * tckd + nontarget_weight * nckd, labels, at_label
+  )
 
 
 @logit_loss(power=0, labels=True)
@@ -135,7 +137,9 @@ def nkd_target(
   at_label = target(labels, where)
   p = jnp.exp(log_softmax(teacher, 1.0, where))
   log_q = log_softmax(student, 1.0, where)
-  return _at_labels(jnp.sum(-p * log_q, axis=-1, where=at_label), at_label)
+  return _at_labels(
+    jnp.sum(-p * log_q, axis=-1, where=at_label), labels, at_label
+  )
 
 
 @logit_loss(power=2, labels=True)
@@ -157,7 +161,7 @@ def nkd_nontarget(
   others = where & ~at_label
   p = jnp.exp(log_softmax(teacher, temperature, others))
   log_q = log_softmax(student, temperature, others)
-  return _at_labels(class_sum(-p * log_q, others), at_label)
+  return _at_labels(class_sum(-p * log_q, others), labels, at_label)
 
 
 @logit_loss(power=0, labels=True)
@@ -205,7 +209,9 @@ def teacher_label(
   choice = jnp.argmax(jnp.where(where, teacher, -jnp.inf), axis=-1)
   at_choice = target(choice, where)
   log_q = log_softmax(student, 1.0, where)
-  return _at_labels(-jnp.sum(log_q, axis=-1, where=at_choice), at_choice)
+  return _at_labels(
+    -jnp.sum(log_q, axis=-1, where=at_choice), choice, at_choice
+  )
 
 
 @logit_loss(power=2, labels=True, teacher=False)
@@ -244,8 +250,13 @@ def teacher_free(
     jnp.maximum(others, 1).astype(jnp.float32)
   )
   virtual = jnp.where(at_label, math.log(correct), wrong)
-  return _at_labels(softmax_kl(virtual, student, temperature, where), at_label)
+  return _at_labels(
+    softmax_kl(virtual, student, temperature, where), labels, at_label
+  )
 
 
-def _at_labels(loss: ArrayLike, at_label: Array) -> Array:
-  return jnp.where(jnp.any(at_label, axis=-1), loss, jnp.nan)
+def _at_labels(
+  loss: ArrayLike, labels: ArrayLike, at_label: Array
+) -> Float32[Array, "*batch"]:
+  """NaN for a label that is none."""
+  return jnp.where(in_support(jnp.asarray(labels), at_label), loss, jnp.nan)
