@@ -65,7 +65,6 @@ def looked_up(
   if table.shape[1] % parts or index.shape[0] % _parts():
     whole = PartitionSpec(PartitionSpec.UNCONSTRAINED, None)
     return jnp.take(_constrain(table, whole), index, axis=0).astype(dtype)
-
   return _exchanged(axes, dtype, table, index)
 
 

@@ -114,40 +114,41 @@ def by_rows(layout: Layout, kernel: Array) -> Array:
   """A kernel, which lies along its width, with the classes on their devices."""
   if layout.classes not in BATCH_AXES or kernel.shape[1] % class_parts(layout):
     return split_classes(layout, kernel)
-  return _exchanged(layout, kernel, 0, 1)
+  return _exchanged(layout, kernel, of=1, to=0)
 
 
 def turned(layout: Layout, gradient: Array) -> Array:
   """A kernel's gradient, split along its width again, as the kernel lies."""
   if layout.classes not in BATCH_AXES:
     return gradient
-  return _exchanged(layout, gradient, 1, 0)
+  return _exchanged(layout, gradient, of=0, to=1)
 
 
-def _exchanged(layout: Layout, kernel: Array, to: int, of: int) -> Array:
+def _exchanged(layout: Layout, kernel: Array, *, of: int, to: int) -> Array:
   """Split along `to` and not, as before, `of`.
 
   By hand: some compilers would make the whole of it on the way.
   """
   exchange = functools.partial(
-    jax.lax.all_to_all, split_axis=to, concat_axis=of, tiled=True
+    jax.lax.all_to_all,
+    axis_name=layout.classes,
+    split_axis=to,
+    concat_axis=of,
+    tiled=True,
   )
-  spec = lambda axis: PartitionSpec(*[None] * axis, layout.classes)  # noqa: E731
-  return jax.shard_map(
-    lambda x: exchange(x, layout.classes),
-    axis_names={layout.classes},
-    in_specs=spec(of),
-    out_specs=spec(to),
-    check_vma=False,
-  )(kernel)
+  return by_classes(layout, exchange, of, to)(kernel)
+
+
+def _along(layout: Layout, axis: int) -> PartitionSpec:
+  """Of an array whose `axis` lies along that of the classes."""
+  return PartitionSpec(*[None] * axis, layout.classes)
 
 
 def split_classes(layout: Layout, x: Array, axis: int = 0) -> Array:
   """x with the classes, along `axis`, on their devices."""
   if layout.classes is None:
     return x
-  spec = PartitionSpec(*[None] * axis, layout.classes)
-  return jax.lax.with_sharding_constraint(x, spec)
+  return jax.lax.with_sharding_constraint(x, _along(layout, axis))
 
 
 def narrow(layout: Layout, logits: LinearLogits) -> bool:
@@ -187,19 +188,18 @@ def added(layout: Layout, gradient: Array, shape: tuple[int, ...]) -> Array:
 
 
 def by_classes(
-  layout: Layout, f: Callable[[Array], Array]
+  layout: Layout, f: Callable[[Array], Array], of: int = 0, to: int = 0
 ) -> Callable[[Array], Array]:
-  """f of a kernel, each device its own classes.
+  """f of an array, each device its own part: along `of` before, `to` after.
 
   The compiler would bring them together for a collective over another axis.
   """
   if layout.classes is None:
     return f
-  rows = PartitionSpec(layout.classes)
   return jax.shard_map(
     f,
     axis_names={layout.classes},
-    in_specs=rows,
-    out_specs=rows,
+    in_specs=_along(layout, of),
+    out_specs=_along(layout, to),
     check_vma=False,
   )
