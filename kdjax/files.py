@@ -89,6 +89,12 @@ def write_json(place: Path, value: Any) -> None:
   write(place, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def remove(folder: Path) -> None:
+  """A folder with all that is in it, as far as it lets itself be removed."""
+  with contextlib.suppress(OSError):
+    epath.Path(folder).rmtree(missing_ok=True)
+
+
 class Staged:
   """A folder whose files are appended to.
 

@@ -29,7 +29,6 @@ message explains, 75 another process of the run was lost, 76 no step for
 noticed. After 75 and above, start again.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -41,7 +40,6 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from etils import epath
 
 import kdjax.config as configuration
 from kdjax import (
@@ -133,8 +131,7 @@ def _unclaim(workdir: Path) -> None:
   """Takes back what `train` has made in a folder that was new."""
   (workdir / "config.json").unlink()
   for folder in workdir.glob("seed_*"):
-    with contextlib.suppress(OSError):
-      epath.Path(folder).rmtree(missing_ok=True)
+    files.remove(folder)
 
 
 def _write_config(workdir: Path, config: Any) -> None:
@@ -229,8 +226,7 @@ def _leave_nothing(new: Sequence[Path]) -> None:
     return
   for folder in new:
     if folder.name == "compiled":
-      with contextlib.suppress(OSError):
-        epath.Path(folder).rmtree(missing_ok=True)
+      files.remove(folder)
     elif folder.exists() and not any(folder.iterdir()):
       folder.rmdir()
 

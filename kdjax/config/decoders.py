@@ -7,16 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from kdjax import (
-  checkpoint,
-  errors,
-  files,
-  inherit,
-  losses,
-  parallel,
-  pretrained,
-)
-from kdjax.config.network import dtype
+from kdjax import errors, inherit, losses, parallel, pretrained
+from kdjax.config.network import dtype, of_run
 from kdjax.config.students import check_student, inherited_sizes
 from kdjax.config.values import plain
 from kdjax.data import text
@@ -217,5 +209,4 @@ def decoder_params(
   if pretrained.is_weights(path):
     where = parallel.shardings(like[0], mesh, rules)
     return decoders.read(path, dtype=stored, shardings=where)[1]
-  inside = files.path(path) / "checkpoints"
-  return checkpoint.load_params(inside if inside.exists() else path, like)[0]
+  return of_run(path, like)[0]

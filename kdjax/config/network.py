@@ -68,8 +68,7 @@ def loaded(
         f"drop_head is for pretrained weights, {path} is a run's folder: unset "
         "drop_head, or export the network first"
       )
-    inside = files.path(path) / "checkpoints"
-    return checkpoint.load_params(inside if inside.exists() else path, like)
+    return of_run(path, like)
   arguments = dict(config["model"])
   family = arguments.pop("name")
   return pretrained.read(
@@ -80,6 +79,12 @@ def loaded(
     arguments=arguments,
     drop_head=drop_head,
   )
+
+
+def of_run(path: str, like: Variables) -> Variables:
+  """What a phase has trained, from its folder or that of its checkpoints."""
+  inside = files.path(path) / "checkpoints"
+  return checkpoint.load_params(inside if inside.exists() else path, like)
 
 
 def partition(
