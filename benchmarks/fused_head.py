@@ -178,24 +178,25 @@ def time(sizes: Sizes = SMALL, repeats: int = 5) -> dict[str, float]:
     losses = (*both(**how), products)
     return [functools.partial(compiled(f, given), *given) for f in losses]
 
-  given = arguments(sizes, "float32")
-  naive, ours, _ = steps(given)
-  masked = given[3].at[::2].set(0)
-  half = functools.partial(ours.func, *given[:3], masked)
-  users = steps(given, soft=(hellinger, hellinger))[:2]
-  longer = sizes._replace(tokens=4 * sizes.tokens)
-  found = {
-    "time float32, user": ratio(*users, repeats),
-    "time float32, half / none masked": ratio(ours, half, repeats),
-  }
-  for name, size, dtype in (
-    ("time float32", sizes, "float32"),
-    (f"time float32, {longer.tokens} tokens", longer, "float32"),
-    ("time bfloat16", sizes, "bfloat16"),
-  ):
-    naive, ours, least = steps(arguments(size, dtype))
+  found = {}
+
+  def compare(name, given):
+    naive, ours, least = steps(given)
     found[name] = ratio(naive, ours, repeats)
     found[f"{name}, products"] = ratio(naive, least, repeats)
+    return ours
+
+  given = arguments(sizes, "float32")
+  ours = compare("time float32", given)
+  naive, users, _ = steps(given, soft=(hellinger, hellinger))
+  found["time float32, user"] = ratio(naive, users, repeats)
+  masked = given[3].at[::2].set(0)
+  half = functools.partial(ours.func, *given[:3], masked)
+  found["time float32, half / none masked"] = ratio(ours, half, repeats)
+  longer = sizes._replace(tokens=4 * sizes.tokens)
+  name = f"time float32, {longer.tokens} tokens"
+  compare(name, arguments(longer, "float32"))
+  compare("time bfloat16", arguments(sizes, "bfloat16"))
   return found
 
 
