@@ -73,7 +73,7 @@ def summary(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
   """A row a network, a column a metric; ± is one standard error.
 
-  Of one seed it fits a terminal of 80 columns.
+  Of one seed, and images, it fits a terminal of 80 columns.
   """
   measured = set().union(*results["stderr"].values())
   columns = {m: COLUMNS[m] for m in COLUMNS if m in measured}
