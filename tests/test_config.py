@@ -46,6 +46,27 @@ def test_weight_decay_of_sgd_is_added_to_the_gradient_of_kernels_alone():
   np.testing.assert_allclose(everywhere["bias"], -0.1 * 4, rtol=1e-6)
 
 
+def test_norms_and_biases_of_stacked_layers_do_not_decay():
+  # Each of their arrays has the layers as an axis more.
+  params = {
+    "norm": {"scale": jnp.ones((2, 3))},
+    "query": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
+    "lora_in": jnp.ones((2, 3, 1)),
+    "class_token": jnp.ones((1, 1, 3)),
+  }
+  settings = BASE | dict(name="sgd", weight_decay=0.5, decay_on="kernels")
+  optimizer, *_ = config.optimizer(ConfigDict(settings), "optimizer")
+  zero = jax.tree.map(jnp.zeros_like, params)
+  update = optimizer.update(zero, optimizer.init(params), params)[0]
+  moved = jax.tree.map(lambda x: bool(jnp.any(x != 0)), update)
+  assert moved == {
+    "norm": {"scale": False},
+    "query": {"kernel": True, "bias": False},
+    "lora_in": True,
+    "class_token": False,
+  }
+
+
 def test_weight_decay_of_adamw_is_its_own():
   def mask(params):
     return {"kernel": True, "bias": False}

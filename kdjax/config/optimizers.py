@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
+from jax.tree_util import keystr, tree_map_with_path
 
 from kdjax import errors, optimizers, schedules
 from kdjax.config.values import parameters, plain, take_name
@@ -25,8 +24,8 @@ def optimizer(config: Mapping[str, Any], what: str) -> Optimizer:
 
   `clip` limits the gradient's global norm first (0 = not). `weight_decay` goes
   to the optimizer where it takes one (adamw: decoupled), else is added to the
-  gradient (sgd: L2), on the arrays that `decay_on` names: "kernels" (two or
-  more axes; no biases, no normalisation) or "all".
+  gradient (sgd: L2), on the arrays that `decay_on` names: "kernels" (of linear
+  maps, convolutions and embeddings; LoRA's factors) or "all".
   """
   arguments = dict(config)
   name = take_name(arguments, what)
@@ -67,4 +66,8 @@ def optimizer(config: Mapping[str, Any], what: str) -> Optimizer:
 
 
 def _kernels(params: Any) -> Any:
-  return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+  # By name: a norm's scale has two axes where layers are stacked.
+  names = ("kernel", "lora_in", "lora_out")
+  return tree_map_with_path(
+    lambda path, _: keystr(path[-1:], simple=True) in names, params
+  )
