@@ -174,7 +174,20 @@ ENTRY %main (a: f32[6,1024], n: s32[]) -> f32[6,1024] {
 """
   row, scalar = 4 * 1024, 4
   # Read a row and its number, write it; read it; read a number, write a row.
-  assert Program(text).traffic() == 2 * row + scalar + row + scalar + row
+  expected = 2 * row + scalar + row + scalar + row
+  assert Program(text).traffic() == expected
+  # The same where the slice is a fusion inside the fusion.
+  wrapped = """\
+%around (r0: s32[], r1: f32[6,1024]) -> f32[1,1024] {
+  %r0 = s32[] parameter(0)
+  %r1 = f32[6,1024]{1,0} parameter(1)
+  ROOT %in = f32[1,1024]{1,0} fusion(%r1, %r0), kind=kLoop, calls=%cut
+}
+"""
+  outside = "fusion(%n, %a), kind=kOutput, calls=%around"
+  inside = "fusion(%a, %n), kind=kLoop, calls=%cut"
+  nested = wrapped + text.replace(inside, outside)
+  assert Program(nested).traffic() == expected
 
 
 def sharded_sum(mesh, layers):

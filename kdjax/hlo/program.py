@@ -176,9 +176,8 @@ class Program:
       return 2 * _in_hbm(one.arrays)
     if kind == "dynamic-update-slice":
       return 2 * _in_hbm(arrays.get(one.operands[1], ()))
-    called = re.search(r"calls=%?([\w.-]+)", one.rest)
-    if kind == "fusion" and called and called[1] in self.computations:
-      return self._moved_by_fusion(one, self.computations[called[1]], arrays)
+    if inside := self._fused_into(one):
+      return self._moved_by_fusion(one, inside, arrays)
     given = sum(_in_hbm(arrays.get(name, ())) for name in one.operands)
     return given + _in_hbm(one.arrays)
 
@@ -193,7 +192,7 @@ class Program:
     for x in inside:
       if x.kind == "parameter":
         given = arrays.get(one.operands[int(x.operands[0])], ())
-        total += int(min(_read(x.name, inside), _in_hbm(given)))
+        total += int(min(self._read(x.name, inside), _in_hbm(given)))
     results = next(x for x in inside if x.root)
     made = results.operands if results.kind == "tuple" else (results.name,)
     for name, array in zip(made, one.arrays):
@@ -204,6 +203,33 @@ class Program:
         written = by_name[last.operands[1]].arrays[0].bytes
       total += written if array.in_hbm else 0
     return total
+
+  def _read(self, name: str, inside: list[Instruction]) -> float:
+    """Bytes that a fusion reads of one of its parameters."""
+    total = 0.0
+    for x in inside:
+      if name not in x.operands:
+        continue
+      called = self._fused_into(x)
+      if x.kind in ("dynamic-slice", "gather") and x.operands[0] == name:
+        total += x.arrays[0].bytes
+      elif x.kind == "dynamic-update-slice" and x.operands[0] == name:
+        continue
+      elif x.kind == "bitcast":
+        total += self._read(x.name, inside)
+      elif called:
+        at = x.operands.index(name)
+        total += self._read(_parameter(called, at), called)
+      else:
+        return math.inf
+    return total
+
+  def _fused_into(self, one: Instruction) -> list[Instruction]:
+    """What a fusion consists of; nothing for another instruction."""
+    called = re.search(r"calls=%?([\w.-]+)", one.rest)
+    if one.kind != "fusion" or not called:
+      return []
+    return self.computations.get(called[1], [])
 
 
 def _index(one: Instruction | None) -> int | None:
@@ -221,21 +247,10 @@ def _value(one: Instruction | None) -> int | None:
   return int(one.operands[0]) if one.operands[0].lstrip("-").isdigit() else None
 
 
-def _read(name: str, inside: list[Instruction]) -> float:
-  """Bytes that a fusion reads of one of its parameters."""
-  total = 0.0
-  for x in inside:
-    if name not in x.operands:
-      continue
-    if x.kind in ("dynamic-slice", "gather") and x.operands[0] == name:
-      total += x.arrays[0].bytes
-    elif x.kind == "dynamic-update-slice" and x.operands[0] == name:
-      continue
-    elif x.kind == "bitcast":
-      total += _read(x.name, inside)
-    else:
-      return math.inf
-  return total
+def _parameter(inside: list[Instruction], number: int) -> str:
+  """The name of one parameter of a fused computation."""
+  given = (x for x in inside if x.kind == "parameter")
+  return next(x.name for x in given if int(x.operands[0]) == number)
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> int:
