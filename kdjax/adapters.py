@@ -46,6 +46,9 @@ def from_nnx(
 ) -> Model:
   """A `Model` from an NNX module, split once; its steps run under `jax.jit`.
 
+  A module that scans its layers says so by an attribute `pinned = True`, and by
+  `kdjax.pins` where on a mesh its activations lie: `Model.pinned`.
+
   Args:
     make: `rngs -> module`, or a module, whose values `init` then returns
       whatever the key.
@@ -109,7 +112,8 @@ def from_nnx(
       return output, stats
     return output, _to_dict(nnx.split(module, *kinds, ...)[2])
 
-  return Model(compiled(init), apply)
+  pinned = getattr(abstract, "pinned", False)
+  return Model(compiled(init), apply, pinned)
 
 
 def from_linen(

@@ -60,7 +60,7 @@ def multiply_adds(jaxpr):
     for value in eqn.params.values():
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
-        total += multiply_adds(inner)
+        total += eqn.params.get("length", 1) * multiply_adds(inner)
     shapes = [v.aval.shape for v in eqn.invars]
     outputs = math.prod(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "dot_general":
@@ -109,8 +109,8 @@ def oracle(params, image, heads, epsilon=1e-6):
   tokens = [np.repeat(t, len(image), axis=0) for t in tokens]
   x = np.concatenate([*tokens, x], 1) + params["positions"]
   taps = {"embed": x}
-  for i in range(len(params["blocks"])):
-    block = params["blocks"][str(i)]
+  for i in range(len(params["blocks"]["mlp_norm"]["scale"])):
+    block = jax.tree.map(lambda w: w[i], params["blocks"])  # noqa: B023
     y = layer_norm(x, block["attention_norm"], epsilon)
     q, k, v = (
       np.split(linear(y, block["attention"][name]), heads, axis=-1)
@@ -192,11 +192,15 @@ def test_taps_that_nobody_asked_for_cost_nothing():
       self.net = models.vit("tiny", **TINY, rngs=rngs)
 
     def __call__(self, image):
-      x = self.net.embed(image)
-      for block in self.net.blocks:
+      kind, params = nnx.split(self.net.blocks)
+
+      def step(x, of_one):
+        block = nnx.merge(kind, of_one)
         y, _ = block.attention(block.attention_norm(x))
         x = x + y
-        x = x + block.mlp(block.mlp_norm(x))
+        return x + block.mlp(block.mlp_norm(x)), None
+
+      x, _ = jax.lax.scan(step, self.net.embed(image), params)
       return self.net.classifier(self.net.norm(x[:, :1])[:, 0])
 
   def cost(model):

@@ -13,6 +13,7 @@ The class token is token 0, the distillation token 1; the patches follow, row by
 row.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,16 +21,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kdjax import errors
+from kdjax import errors, pins
 from kdjax.types import Output
 
 _init = nnx.initializers.truncated_normal(0.02)
 
-# How it lies on a mesh: heads and neurons along `model`.
+# How it lies on a mesh: heads and neurons along `model`, kernels by their rows
+# along `fsdp`; the first axis is the depth.
 PARTITION = (
-  (r"(query|key|value|expand)/kernel$", ("fsdp", "model")),
-  (r"(output|contract)/kernel$", ("model", "fsdp")),
-  (r"(query|key|value|expand)/bias$", ("model",)),
+  (r"(query|key|value|expand)/kernel$", (None, "fsdp", "model")),
+  (r"(output|contract)/kernel$", (None, ("model", "fsdp"), None)),
+  (r"(query|key|value|expand)/bias$", (None, "model")),
 )
 
 
@@ -94,8 +96,22 @@ class Block(nnx.Module):
     return x + self.mlp(self.mlp_norm(x)), taps
 
 
+def _stacked(depth: int, *sizes: Any, rngs: nnx.Rngs, **shared: Any) -> Block:
+  @nnx.split_rngs(splits=depth)
+  @nnx.vmap
+  def draw(rngs: nnx.Rngs) -> Block:
+    return Block(*sizes, rngs=rngs, **shared)
+
+  return draw(rngs)
+
+
 class ViT(nnx.Module):
-  """Patches and tokens, blocks, normalisation, one classifier or two."""
+  """Patches and tokens, blocks, normalisation, one classifier or two.
+
+  The blocks are one `Block` whose arrays have the depth as their first axis.
+  """
+
+  pinned = True  # see `adapters.from_nnx`
 
   def __init__(
     self,
@@ -133,9 +149,7 @@ class ViT(nnx.Module):
     self.distillation_token = learned(1, 1, width) if distilled else None
     height, across = (side // patch for side in image_size)
     self.positions = learned(1, 1 + distilled + height * across, width)
-    self.blocks = nnx.List(
-      [Block(width, heads, mlp_width, epsilon, **shared) for _ in range(depth)]
-    )
+    self.blocks = _stacked(depth, width, heads, mlp_width, epsilon, **shared)
     self.norm = _norm(width, epsilon, **shared)
     self.classifier = _linear(width, num_classes, **shared)
     two = distilled and distillation_head
@@ -154,10 +168,9 @@ class ViT(nnx.Module):
       )
     taps = {}
     x = taps["embed"] = self.embed(image)
-    for n, block in enumerate(self.blocks, 1):
-      x, inner = block(x)
-      taps |= {f"{name}_{n}": y for name, y in inner.items()}
-      taps[f"block_{n}"] = x
+    x, inner = self.encode(x)
+    for name, layers in inner.items():
+      taps |= {f"{name}_{n}": y for n, y in enumerate(layers, 1)}
     x = self.norm(x[:, :2])  # only the tokens that are classified
     pooled = taps["pooled"] = x[:, 0]
     logits = self.classifier(pooled)
@@ -167,9 +180,28 @@ class ViT(nnx.Module):
       logits = (logits + taps["distillation_logits"]) / 2
     return Output(logits, taps)
 
+  def encode(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    """One block after another; what each taps, `[depth, ...]`.
+
+    For the backward pass the linear maps' outputs are kept; what lies between
+    two of them is computed again.
+    """
+    kind, params = nnx.split(self.blocks)
+
+    @functools.partial(
+      jax.checkpoint,
+      policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      prevent_cse=False,  # a loop's body is apart from the other pass's
+    )
+    def step(x: Array, layer: nnx.State) -> tuple[Array, dict[str, Array]]:
+      x, taps = nnx.merge(kind, layer)(pins.by_example(x))
+      return x, taps | {"block": x}
+
+    return jax.lax.scan(step, x, params)
+
   def embed(self, image: Array) -> Array:
     """Tokens and patches with their positions, `[B, S, D]`."""
-    patches = self.patches(image)
+    patches = pins.by_example(self.patches(image))
     patches = patches.reshape(image.shape[0], -1, patches.shape[-1])
     tokens = (self.class_token, self.distillation_token)
     learned = [
@@ -178,7 +210,7 @@ class ViT(nnx.Module):
       if token is not None
     ]
     x = jnp.concatenate([*learned, patches], axis=1) + self.positions[...]
-    return x.astype(self.dtype)
+    return pins.by_example(x.astype(self.dtype))
 
 
 # size: (width, heads); 12 blocks, and an MLP four times as wide

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdjax import errors, models
 from kdjax.errors import UserError
-from kdjax.pretrained import hub, names
+from kdjax.pretrained import hub, names, stacked
 from kdjax.pretrained.files import CONFIG, WEIGHTS, Tensors, open_tensors
 from kdjax.pretrained.names import Place
 from kdjax.pretrained.tables import TABLES
@@ -69,7 +69,8 @@ def read(
   """
   tensors = open_tensors(source, revision)
   flat, tree = jax.tree_util.tree_flatten_with_path(tuple(like))
-  arrays = {_path(path): value for path, value in flat}
+  whole = {_path(path): value for path, value in flat}
+  arrays = stacked.apart(family, whole)
   if layout is None:
     layout = _nearest(family, arrays, tensors)
   places = _places(family, layout, arrays)
@@ -95,10 +96,13 @@ def read(
       return arrays[path]
     place = places[path]
     array = names.from_stored(place, tensors.load(place.name))
-    # `asarray` would compile a program for each shape.
-    return jax.device_put(array.astype(arrays[path].dtype))
+    return array.astype(arrays[path].dtype)
 
-  return tree.unflatten([value(path) for path in arrays])
+  # `asarray` would compile a program for each shape.
+  return tree.unflatten(
+    jax.device_put(stacked.together(family, path, like, value))
+    for path, like in whole.items()
+  )
 
 
 def write(
@@ -132,7 +136,7 @@ def write(
   from safetensors.numpy import save_file
 
   flat, _ = jax.tree_util.tree_flatten_with_path(tuple(variables))
-  arrays = {_path(path): value for path, value in flat}
+  arrays = stacked.apart(family, {_path(path): x for path, x in flat})
   places = _places(family, layout, arrays)
   tensors = names.to_stored(places, arrays)
   if layout != "kdjax":
