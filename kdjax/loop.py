@@ -45,14 +45,8 @@ from kdjax.perf import Meter
 from kdjax.profiling import Profile
 from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
-from kdjax.train_step import (
-  StudentOf,
-  TeacherOf,
-  all_frozen,
-  all_trained,
-  jit_step,
-  make_train_step,
-)
+from kdjax.train_state import StudentOf, TeacherOf, all_frozen, all_trained
+from kdjax.train_step import jit_step, make_train_step
 from kdjax.types import Batch, Model, Schedule, TrainState
 from kdjax.watchdog import Watchdog
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from kdjax import errors, totals
 from kdjax.losses.fused import Layout
-from kdjax.objective import Objective, Term
+from kdjax.objective import Objective, Term, as_objective
 from kdjax.types import Batch, LinearLogits, Model, TrainState
 
 
@@ -154,8 +154,7 @@ def head_bytes(
   the logits. In the whole step a part of it may be used again for something
   else. Arguments are those of `make_train_step`; `batch` as for `plan`.
   """
-  goal = terms.terms if isinstance(terms, Objective) else terms
-  terms = [t for t in goal if t.reads_logits]
+  terms = [t for t in as_objective(terms).terms if t.reads_logits]
 
   def part(x: Any) -> jax.ShapeDtypeStruct:
     shape = (x.shape[0] // microbatches, *x.shape[1:])

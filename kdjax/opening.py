@@ -13,7 +13,7 @@ from kdjax import flops, memory_plan, parallel
 from kdjax.evaluate import num_parameters
 from kdjax.objective import Objective
 from kdjax.preflight import check_outputs
-from kdjax.train_step import StudentOf, TeacherOf, create_state
+from kdjax.train_state import StudentOf, TeacherOf, create_state
 from kdjax.types import Batch, Model, TrainState
 
 

@@ -19,6 +19,7 @@ ROWS = [
     "in_parts",
     "clock",
     "flops",
+    "gradients",
     "health",
     "examples",
     "hlo",
@@ -30,8 +31,9 @@ ROWS = [
   {"term_inputs"},
   {"totals", "projectors"},
   {"adapters", "parallel", "terms", "generate", "importance"},
-  {"train_step", "evaluate", "pretrained", "simkd", "inherit"},
+  {"train_state", "evaluate", "pretrained", "simkd", "inherit"},
   {
+    "train_step",
     "checkpoint",
     "feed",
     "metrics",
