@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from kdjax import flops, memory_plan, parallel
+from kdjax import errors, flops, losses, memory_plan, parallel
 from kdjax.evaluate import num_parameters
-from kdjax.objective import Objective
+from kdjax.objective import Objective, Term, as_objective, hinton
 from kdjax.preflight import check_outputs
 from kdjax.train_state import StudentOf, TeacherOf, create_state
 from kdjax.types import Batch, Model, TrainState
@@ -60,6 +60,34 @@ class Placed(NamedTuple):
     return flops.of_step(
       self.student, self.teacher, variables, self.theirs, rows
     )
+
+
+def goal(
+  terms: Objective | Sequence[Term] | None, teacher: Model | None
+) -> Objective:
+  """The terms, or what is minimised where none are given."""
+  if terms is not None:
+    return as_objective(terms)
+  if teacher is not None:
+    return hinton(alpha=0.1, temperature=4.0)
+  return Objective((Term("hard", losses.cross_entropy, group="hard"),))
+
+
+def given(variables: PyTree, teacher: Model, batch: Batch) -> PyTree:
+  """A teacher's variables; one that has none needs none.
+
+  Raises:
+    UserError: it has some, and they are not given.
+  """
+  if not isinstance(variables, tuple) or variables:
+    return variables
+  needed = jax.eval_shape(teacher.init, jax.random.key(0), batch)
+  if jax.tree.leaves(needed):
+    raise errors.UserError(
+      f"got no teacher_variables, and the teacher has "
+      f"{num_parameters(needed[0]):,} parameters: give its (params, stats)"
+    )
+  return needed
 
 
 def place(

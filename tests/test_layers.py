@@ -46,7 +46,7 @@ ROWS = [
     "save_clock",
     "watchdog",
   },
-  {"goodput", "loggers", "opening"},
+  {"goodput", "loggers", "opening", "saving"},
   {"stepping"},
   {"loop"},
   {"config", "results"},
