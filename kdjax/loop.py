@@ -18,7 +18,6 @@ from kdjax import (
   files,
   health,
   loggers,
-  memory_plan,
   objective,
   opening,
   parallel,
@@ -42,7 +41,6 @@ from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
 from kdjax.saving import Saver
 from kdjax.train_state import StudentOf, TeacherOf, all_frozen, all_trained
-from kdjax.train_step import jit_step, make_train_step
 from kdjax.types import Batch, Model, Schedule, TrainState
 from kdjax.watchdog import Watchdog
 
@@ -184,7 +182,7 @@ def distill(
   name = name or ("distilling" if teacher is not None else "training")
   views: dict[str, Any] = dict(teacher_of=teacher_of, student_of=student_of)
   with progress.at(name, "setup", quiet=quiet):
-    placed, state = opening.place(
+    phase, state = opening.begin(
       student,
       teacher,
       goal,
@@ -196,29 +194,17 @@ def distill(
       partition=partition,
       teacher_partition=teacher_partition,
       variables=student_variables,
-      **views,
-    )
-  frozen = placed.frozen
-  step_fn = jit_step(
-    make_train_step(
-      placed.student,
-      placed.teacher,
-      goal,
-      optimizer,
       microbatches=microbatches,
       gradients_by_group=gradients_by_group,
       transform=transform,
       shown=shown,
       layout=layout,
       **views,
-    ),
-    mesh,
-    placed.shardings,
-  )
-  evaluate = None
+    )
+  frozen, evaluate = phase.frozen, None
   if evaluate_on is not None:
-    other = placed.teacher if goal.comparable else None
-    examine = make_evaluate(placed.student, other, mesh, layout)
+    other = phase.teacher if goal.comparable else None
+    examine = make_evaluate(phase.student, other, mesh, layout)
     evaluate = _evaluation(examine, evaluate_on, frozen, clock, **views)
   with contextlib.ExitStack() as stack:
     told_to_stop = stack.enter_context(preemption.watched())
@@ -238,7 +224,7 @@ def distill(
     bar = Progress(name, steps, clock, start=start, quiet=quiet)
     stack.callback(bar.close)
     note = lambda text: bar.note(f"{name}: {text}")  # noqa: E731
-    note(opening.describe(placed, mesh, start, steps))
+    note(opening.describe(phase, start, steps))
     if lies := opening.lies(state, frozen, table=show_sharding):
       note(lies)
     tracing = Profile(folder, profile, start=start, steps=steps, note=note)
@@ -246,10 +232,8 @@ def distill(
     rows, of_step = parallel.put_batch(feed.first, mesh), None
     if start < steps:
       with clock.at("compilation"):
-        plan = memory_plan.plan(step_fn, state, frozen, rows)
-        head = placed.head(goal, rows, microbatches=microbatches, layout=layout)
-        note(opening.memory(plan, head, settings or {}))
-        of_step = placed.flops(mesh, rows)
+        note(opening.memory(phase, state, rows, settings or {}))
+        of_step = phase.flops(rows)
     sinks: list[OnMetrics] = []
     writer = None
     if folder is not None and lead:
@@ -265,7 +249,7 @@ def distill(
     with clock.at("steps"):
       state, last = stepping.run(
         state,
-        step_fn,
+        phase.step,
         frozen,
         lambda: parallel.put_batch(next(feed), mesh),
         start=start,
