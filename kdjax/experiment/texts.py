@@ -30,7 +30,7 @@ from kdjax.losses import fused
 from kdjax.models.decoder import PARTITION, flops_per_token
 from kdjax.objective import Objective, Term
 from kdjax.preflight import check_outputs
-from kdjax.types import Params, Variables
+from kdjax.types import Batch, Params, Variables
 
 # Batches that tell which channels of a teacher matter.
 _CALIBRATION = 8
@@ -72,11 +72,7 @@ class TextExperiment:
     if self.by_spans:
       self.teacher = adapters.reading(self.teacher, "teacher_")
     self.layout = fused.over(self.mesh)
-    if blank:
-      rows = text.blank_rows(0, config.data.sequence_length)
-      self.example = phases.batch_shapes(rows, config.data.batch_size)
-    else:
-      self.example = next(iter(self.rows.train_batches("student", 0)))
+    self.example = self._example(blank)
     self.goal = self._goal()
     self.start, self.loaded = None, None
     if not blank:
@@ -84,22 +80,8 @@ class TextExperiment:
       self.start = self._loaded("student")
     self.parts = self._parts()
     phases.trace(self.parts, self.layout)
-    if blank:
-      return
-    theirs = self.start
-    if not self._is_base():
-      theirs = self._loaded("teacher")
-    self.loaded = None if theirs is None else (theirs, {})
-    if self.loaded is not None:
-      check_outputs(
-        self.models["student"],
-        self.teacher,
-        self._shapes("student"),
-        self.loaded,
-        self.example,
-        mesh=self.mesh,
-        comparable=not self.by_spans,
-      )
+    if not blank:
+      self.loaded = self._teacher_loaded()
     self.evaluators: dict[str, Any] = {}
 
   def train(
@@ -169,6 +151,15 @@ class TextExperiment:
       "samples": samples.written(self.config, self.made, side, variables[0]),
     }, examples.with_texts(facts, self.made.reads[side].decode)
 
+  def _example(self, blank: bool) -> Batch:
+    """A batch; of a blank experiment its shapes."""
+    if not blank:
+      return next(iter(self.rows.train_batches("student", 0)))
+    c = self.config.data
+    return phases.batch_shapes(
+      text.blank_rows(0, c.sequence_length), c.batch_size
+    )
+
   def _parts(self) -> phases.Parts:
     c = self.config
     frozen = jax.eval_shape(self.stored, self._shapes("teacher"))
@@ -217,6 +208,22 @@ class TextExperiment:
     # Each phase begins with a copy on the devices: no second one there.
     alone = jax.process_count() == 1
     return jax.device_get(params) if trained and alone else params
+
+  def _teacher_loaded(self) -> Variables | None:
+    """The teacher's variables, seen to fit; None where it is to be trained."""
+    theirs = self.start if self._is_base() else self._loaded("teacher")
+    if theirs is None:
+      return None
+    check_outputs(
+      self.models["student"],
+      self.teacher,
+      self._shapes("student"),
+      (theirs, {}),
+      self.example,
+      mesh=self.mesh,
+      comparable=not self.by_spans,
+    )
+    return theirs, {}
 
   def _is_base(self) -> bool:
     """Whether the teacher is the student without its adapters."""
