@@ -1,5 +1,6 @@
-"""Gradients: of groups of terms apart, of microbatches one after another."""
+"""Gradients: of a microbatch, of groups of terms, of microbatches in turn."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,59 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from kdjax.types import Batch
+from kdjax import pins, totals
+from kdjax.losses.fused import Layout
+from kdjax.objective import Objective
+from kdjax.types import Batch, LinearLogits, Model, Output
+
+
+def of_microbatch(
+  student: Model,
+  teacher: Model | None,
+  goal: Objective,
+  student_of: Callable[[PyTree, Any], PyTree],
+  layout: Layout | None,
+  *,
+  apart: bool,
+) -> Callable[..., tuple[Any, Any]]:
+  """A function of a microbatch: ∂ Σ terms / ∂ (student, what terms own).
+
+  It returns `(carried, (gradients, total, sums))` for `accumulated`: statistics
+  and the terms' state for the next microbatch; what `by_group` gives, and the
+  terms' sums. The teacher is applied first, and has no gradient.
+
+  Args:
+    student, teacher, goal, student_of, layout: as for `make_train_step`.
+    apart: as for `by_group`.
+  """
+
+  def of_part(state, frozen, theirs, divide_by, carried, part, key):
+    target = _taught(teacher, theirs, part, goal.taps(1))
+    stats, term_state = carried
+
+    def loss(trained):
+      params = student_of(trained["student"], frozen)
+      output, new_stats = student.apply(
+        params, stats, part, train=True, key=key, taps=goal.taps(0)
+      )
+      groups, sums, new_term_state = totals.all_terms(
+        goal.terms,
+        _pinned(output),
+        target,
+        part,
+        divide_by,
+        state.step,
+        trained["terms"],
+        term_state,
+        jax.random.fold_in(key, 1),
+        layout,
+      )
+      return groups, ((new_stats, new_term_state), sums)
+
+    found, total, (carried, sums) = by_group(loss, state.trained, apart=apart)
+    return carried, (found, total, sums)
+
+  return of_part
 
 
 def by_group(
@@ -81,3 +134,23 @@ def _split(batch: Batch, count: int) -> Batch:
     k: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
     for k, x in batch.items()
   }
+
+
+def _taught(
+  teacher: Model | None, variables: Any, batch: Batch, taps: tuple[str, ...]
+) -> Output | None:
+  """What the teacher says of a batch; no gradient goes through it."""
+  if teacher is None:
+    return None
+  params, stats = variables
+  output, _ = teacher.apply(params, stats, batch, train=False, taps=taps)
+  return _pinned(jax.lax.stop_gradient(output))
+
+
+def _pinned(output: Output) -> Output:
+  """Its logits, or what they are made of, split as the batch is."""
+  logits = output.logits
+  if isinstance(logits, LinearLogits):
+    hidden = pins.by_example(logits.hidden)
+    return output._replace(logits=dataclasses.replace(logits, hidden=hidden))
+  return output._replace(logits=pins.by_example(logits))

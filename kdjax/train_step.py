@@ -5,7 +5,6 @@
 The teacher's variables go in and do not come out, so no step can change them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,14 +28,7 @@ from kdjax.train_state import (
 from kdjax.train_state import create_state as create_state
 from kdjax.train_state import init_state as init_state
 from kdjax.train_state import state_shardings as state_shardings
-from kdjax.types import (
-  Batch,
-  LinearLogits,
-  Model,
-  Output,
-  Schedule,
-  TrainState,
-)
+from kdjax.types import Batch, Model, Schedule, TrainState
 
 TrainStep = Callable[
   [TrainState, Frozen, Batch], tuple[TrainState, dict[str, Array]]
@@ -92,7 +84,7 @@ def make_train_step(
   goal = as_objective(terms)
   goal = Objective(goal.terms, {**goal.shown, **(shown or {})})
   _check_pmap_terms(goal, axis_name)
-  part_gradients = _part_gradients(
+  of_part = gradients.of_microbatch(
     student, teacher, goal, student_of, layout, apart=gradients_by_group
   )
 
@@ -106,7 +98,7 @@ def make_train_step(
     divide_by = totals.denominators(goal.terms, batch, axis_name)
     theirs = teacher_of(state, frozen) if teacher is not None else None
     carried, summed = gradients.accumulated(
-      functools.partial(part_gradients, state, frozen, theirs, divide_by),
+      functools.partial(of_part, state, frozen, theirs, divide_by),
       (state.stats, state.term_state),
       batch,
       key,
@@ -130,63 +122,6 @@ def make_train_step(
     }
 
   return train_step
-
-
-def _part_gradients(
-  student: Model,
-  teacher: Model | None,
-  goal: Objective,
-  student_of: StudentOf,
-  layout: Layout | None,
-  *,
-  apart: bool,
-) -> Callable[..., tuple[Any, Any]]:
-  """A function of one microbatch, for `gradients.accumulated`.
-
-  It gives the gradients, the total and the terms' sums; and hands to the next
-  microbatch the statistics and the terms' state.
-  """
-
-  def part_gradients(state, frozen, theirs, divide_by, carried, part, key):
-    target = _taught(teacher, theirs, part, goal.taps(1))
-    stats, term_state = carried
-
-    def loss(trained):
-      params = student_of(trained["student"], frozen)
-      output, new_stats = student.apply(
-        params, stats, part, train=True, key=key, taps=goal.taps(0)
-      )
-      groups, sums, new_term_state = totals.all_terms(
-        goal.terms,
-        _pinned(output),
-        target,
-        part,
-        divide_by,
-        state.step,
-        trained["terms"],
-        term_state,
-        jax.random.fold_in(key, 1),
-        layout,
-      )
-      return groups, ((new_stats, new_term_state), sums)
-
-    by_group, total, (carried, sums) = gradients.by_group(
-      loss, state.trained, apart=apart
-    )
-    return carried, (by_group, total, sums)
-
-  return part_gradients
-
-
-def _taught(
-  teacher: Model | None, variables: Any, batch: Batch, taps: tuple[str, ...]
-) -> Output | None:
-  """What the teacher says of a batch; no gradient goes through it."""
-  if teacher is None:
-    return None
-  params, stats = variables
-  output, _ = teacher.apply(params, stats, batch, train=False, taps=taps)
-  return _pinned(jax.lax.stop_gradient(output))
 
 
 def _update(
@@ -251,15 +186,6 @@ def pmap_step(train_step: TrainStep, axis_name: str = "data") -> TrainStep:
   `parallel.pmap_split`; the metrics are equal on all devices.
   """
   return jax.pmap(train_step, axis_name=axis_name, donate_argnums=0)
-
-
-def _pinned(output: Output) -> Output:
-  """Its logits, or what they are made of, split as the batch is."""
-  logits = output.logits
-  if isinstance(logits, LinearLogits):
-    hidden = pins.by_example(logits.hidden)
-    return output._replace(logits=dataclasses.replace(logits, hidden=hidden))
-  return output._replace(logits=pins.by_example(logits))
 
 
 def _check_pmap_terms(goal: Objective, axis_name: str | None) -> None:

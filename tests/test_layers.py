@@ -19,7 +19,6 @@ ROWS = [
     "in_parts",
     "clock",
     "flops",
-    "gradients",
     "health",
     "examples",
     "hlo",
@@ -30,7 +29,7 @@ ROWS = [
   {"objective", "chips"},
   {"term_inputs"},
   {"totals", "projectors"},
-  {"adapters", "parallel", "terms", "generate", "importance"},
+  {"adapters", "gradients", "parallel", "terms", "generate", "importance"},
   {"train_state", "evaluate", "pretrained", "simkd", "inherit"},
   {
     "train_step",
