@@ -18,7 +18,7 @@ from kdjax.loop import distill as distill
 from kdjax.objective import Objective as Objective
 from kdjax.objective import Term as Term
 from kdjax.objective import hinton as hinton
-from kdjax.train_step import init_state as init_state
+from kdjax.train_state import init_state as init_state
 from kdjax.train_step import jit_step as jit_step
 from kdjax.train_step import make_train_step as make_train_step
 from kdjax.train_step import pmap_step as pmap_step

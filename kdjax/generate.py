@@ -109,30 +109,15 @@ def _generate(
   dtype: Any,
 ) -> Generated:
   rows, prompt_length = prompts.shape
-  # Padding goes to the left, so that every row writes the same slot.
-  order = jnp.argsort(mask, axis=1, stable=True)
-  prompts = jnp.take_along_axis(prompts, order, axis=1)
-  padded = jnp.take_along_axis(mask, order, axis=1).astype(jnp.int32)
+  prompts, padded = _to_the_right(prompts, mask)
   lengths = padded.sum(axis=1)
   positions = jnp.maximum(jnp.cumsum(padded, axis=1) - 1, 0)
   segments = jnp.pad(padded, ((0, 0), (0, max_new_tokens)), constant_values=1)
   stops = jnp.asarray(stop_tokens, jnp.int32)
 
   def choose(x: Array, n: Array | int) -> tuple[Array, Array]:
-    """The next tokens, and their log-probabilities."""
     logits = dense_head(net, params, x[:, -1:], num_classes)[:, 0]
-    if sampling is None:
-      token = jnp.argmax(logits, axis=-1)
-    else:
-      key, temperature, top_p = sampling
-      drawn = nucleus(logits / temperature, top_p)
-      token = jax.random.categorical(jax.random.fold_in(key, n), drawn)
-    log_p = jax.nn.log_softmax(logits)
-    chosen = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
-    return token.astype(jnp.int32), chosen
-
-  def ends(token: Array) -> Array:
-    return (token[:, None] == stops[None]).any(axis=1)
+    return _chosen(logits, sampling, n)
 
   def going(state: Any) -> Array:
     n, *_, done = state
@@ -153,7 +138,7 @@ def _generate(
     token = jnp.where(done, pad_token, token)
     written = written.at[:, n].set(token)
     log_probs = log_probs.at[:, n].set(jnp.where(done, 0.0, log_p))
-    return n + 1, written, log_probs, token, cache, done | ends(token)
+    return n + 1, written, log_probs, token, cache, done | _among(token, stops)
 
   cache = empty(net, rows, segments.shape[1], dtype)
   x, cache = extend(net, params, cache, prompts, positions, 0, segments)
@@ -161,12 +146,40 @@ def _generate(
   shape = (rows, max_new_tokens)
   written = jnp.full(shape, pad_token, jnp.int32).at[:, 0].set(token)
   log_probs = jnp.zeros(shape, jnp.float32).at[:, 0].set(log_p)
-  state = (jnp.int32(1), written, log_probs, token, cache, ends(token))
+  done = _among(token, stops)
+  state = (jnp.int32(1), written, log_probs, token, cache, done)
   _, written, log_probs, *_ = jax.lax.while_loop(going, step, state)
-  stopped = (written[:, :, None] == stops[None, None]).any(axis=2)
+  stopped = _among(written, stops)
   first = jnp.argmax(stopped, axis=1) + 1
   ended = jnp.where(stopped.any(axis=1), first, max_new_tokens)
   return Generated(written, ended, log_probs)
+
+
+def _to_the_right(prompts: Array, mask: Array) -> tuple[Array, Array]:
+  """Prompts and mask with the padding to the left: all rows write one slot."""
+  order = jnp.argsort(mask, axis=1, stable=True)
+  prompts = jnp.take_along_axis(prompts, order, axis=1)
+  return prompts, jnp.take_along_axis(mask, order, axis=1).astype(jnp.int32)
+
+
+def _chosen(
+  logits: Array, sampling: tuple[Array, Array, Array] | None, n: Array | int
+) -> tuple[Array, Array]:
+  """The n-th tokens, and their log-probabilities."""
+  if sampling is None:
+    token = jnp.argmax(logits, axis=-1)
+  else:
+    key, temperature, top_p = sampling
+    drawn = nucleus(logits / temperature, top_p)
+    token = jax.random.categorical(jax.random.fold_in(key, n), drawn)
+  log_p = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(log_p, token[:, None], axis=-1)[:, 0]
+  return token.astype(jnp.int32), chosen
+
+
+def _among(tokens: Array, stops: Array) -> Array:
+  stops = stops.reshape((1,) * tokens.ndim + (-1,))
+  return (tokens[..., None] == stops).any(axis=-1)
 
 
 def nucleus(

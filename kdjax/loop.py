@@ -5,25 +5,19 @@
 
 import contextlib
 import dataclasses
-import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from kdjax import (
-  checkpoint,
   errors,
   files,
   health,
   loggers,
-  losses,
-  memory_plan,
   objective,
   opening,
   parallel,
@@ -33,26 +27,20 @@ from kdjax import (
   stepping,
 )
 from kdjax.clock import Clock
-from kdjax.evaluate import make_evaluate, num_parameters
+from kdjax.evaluate import make_evaluate
 from kdjax.feed import Feed
 from kdjax.goodput import Goodput
 from kdjax.health import DivergedError as DivergedError
 from kdjax.loggers import OnMetrics
 from kdjax.losses import fused
 from kdjax.metrics import Writer
-from kdjax.objective import Objective, Term, hinton
+from kdjax.objective import Objective, Term
 from kdjax.perf import Meter
 from kdjax.profiling import Profile
 from kdjax.progress import Progress
 from kdjax.save_clock import SaveClock
-from kdjax.train_step import (
-  StudentOf,
-  TeacherOf,
-  all_frozen,
-  all_trained,
-  jit_step,
-  make_train_step,
-)
+from kdjax.saving import Saver
+from kdjax.train_state import StudentOf, TeacherOf, all_frozen, all_trained
 from kdjax.types import Batch, Model, Schedule, TrainState
 from kdjax.watchdog import Watchdog
 
@@ -177,26 +165,24 @@ def distill(
   optimizer = optimizer or optax.adamw(1e-3)
   if on_nan == "skip":
     optimizer = health.guarded(optimizer)
-  if steps < 1 or save_every < 1 or save_minutes < 0:
-    raise errors.UserError(
-      f"got steps={steps}, save_every={save_every}, save_minutes="
-      f"{save_minutes}: needs at least 1, 1 and 0"
-    )
-  goal = _goal(terms, teacher)
+  _check_counts(steps, save_every, save_minutes)
+  goal = opening.goal(terms, teacher)
   objective.check(goal, steps, has_teacher=teacher is not None)
   feed = Feed(train)
   if teacher is not None and teacher_of is all_frozen:
-    teacher_variables = _given(teacher_variables, teacher, feed.first)
+    teacher_variables = opening.given(teacher_variables, teacher, feed.first)
   parallel.check_batch_size(
     len(feed.first["mask"]) * parallel.data_share(mesh)[1],
     mesh,
     microbatches=microbatches,
   )
   # One process prints and writes for all.
-  quiet = quiet or not processes.lead()
+  lead = processes.lead()
+  quiet = quiet or not lead
   name = name or ("distilling" if teacher is not None else "training")
+  views: dict[str, Any] = dict(teacher_of=teacher_of, student_of=student_of)
   with progress.at(name, "setup", quiet=quiet):
-    placed, state = opening.place(
+    phase, state = opening.begin(
       student,
       teacher,
       goal,
@@ -208,48 +194,37 @@ def distill(
       partition=partition,
       teacher_partition=teacher_partition,
       variables=student_variables,
-      teacher_of=teacher_of,
-      student_of=student_of,
-    )
-  frozen = placed.frozen
-  step_fn = jit_step(
-    make_train_step(
-      placed.student,
-      placed.teacher,
-      goal,
-      optimizer,
       microbatches=microbatches,
       gradients_by_group=gradients_by_group,
       transform=transform,
       shown=shown,
       layout=layout,
-      teacher_of=teacher_of,
-      student_of=student_of,
-    ),
-    mesh,
-    placed.shardings,
-  )
-  print_note = functools.partial(print, file=sys.stderr)
-  tell = print_note if processes.lead() else (lambda _: None)
-  facts = {"teacher": checkpoint.fingerprint(frozen)}
+      **views,
+    )
+  frozen, evaluate = phase.frozen, None
+  if evaluate_on is not None:
+    other = phase.teacher if goal.comparable else None
+    examine = make_evaluate(phase.student, other, mesh, layout)
+    evaluate = _evaluation(examine, evaluate_on, frozen, clock, **views)
   with contextlib.ExitStack() as stack:
-    saver, position, start = None, None, 0
     told_to_stop = stack.enter_context(preemption.watched())
+    saver, start = None, 0
     if folder is not None:
-      saver = checkpoint.Checkpointer(
-        folder / "checkpoints",
+      saver = Saver(
+        folder,
+        feed,
+        frozen,
+        clock,
         keep_last=keep_last,
         keep_best=keep_best,
-        metric="eval/nll" if evaluate_on is not None else None,
+        metric="eval/nll" if evaluate is not None else None,
       )
       stack.callback(saver.close)
-      with clock.at("restoring"):
-        start, state, position = _restore(saver, state, facts, name, tell)
-    feed.go_to(position, start)
+      start, state = saver.restore(state, name)
     bar = Progress(name, steps, clock, start=start, quiet=quiet)
     stack.callback(bar.close)
     note = lambda text: bar.note(f"{name}: {text}")  # noqa: E731
-    note(opening.describe(placed, mesh, start, steps))
+    note(opening.describe(phase, start, steps))
     if lies := opening.lies(state, frozen, table=show_sharding):
       note(lies)
     tracing = Profile(folder, profile, start=start, steps=steps, note=note)
@@ -257,31 +232,24 @@ def distill(
     rows, of_step = parallel.put_batch(feed.first, mesh), None
     if start < steps:
       with clock.at("compilation"):
-        plan = memory_plan.plan(step_fn, state, frozen, rows)
-        head = placed.head(goal, rows, microbatches=microbatches, layout=layout)
-        note(opening.memory(plan, head, settings or {}))
-        of_step = placed.flops(mesh, rows)
+        note(opening.memory(phase, state, rows, settings or {}))
+        of_step = phase.flops(rows)
     sinks: list[OnMetrics] = []
     writer = None
-    if folder is not None and processes.lead():
+    if folder is not None and lead:
       writer = Writer(folder, resume_step=start)
       sinks.append(stack.enter_context(writer))
-    if on_metrics is not None and processes.lead():
+    if on_metrics is not None and lead:
       sinks.append(loggers.guarded(on_metrics))
-    test = None
-    if evaluate_on is not None:
-      other = placed.teacher if goal.comparable else None
-      run = make_evaluate(placed.student, other, mesh, layout)
-      test = _test(run, evaluate_on, frozen, teacher_of, student_of, clock)
-    account = Goodput(clock, folder if processes.lead() else None)
+    account = Goodput(clock, folder if lead else None)
     meter = Meter(clock, len(rows["mask"]), list(mesh.devices.flat), of_step)
     stack.enter_context(Watchdog(clock, note, hang_minutes=hang_minutes))
     if saver is not None:  # first of all, so that the wait for it is watched
-      stack.callback(_close, saver, clock)
+      stack.callback(saver.close)
     with clock.at("steps"):
       state, last = stepping.run(
         state,
-        step_fn,
+        phase.step,
         frozen,
         lambda: parallel.put_batch(next(feed), mesh),
         start=start,
@@ -290,114 +258,58 @@ def distill(
         save_every=save_every,
         save_clock=SaveClock(save_minutes if saver is not None else 0),
         told_to_stop=told_to_stop,
-        evaluate=test,
-        save=saver and _save(saver, feed, facts, writer, account),
+        evaluate=evaluate,
+        save=saver and _save(saver, writer, account),
       )
       if saver is not None:
-        with clock.at("saving"):
-          saver.wait()
+        saver.wait()
     if start < steps:
       bar.close()
       note(account.write())
-    if not last and test is not None:
+    if not last and evaluate is not None:
       with clock.at("evaluation"):
-        last = test(state)
+        last = evaluate(state)
   return Distilled(state, last)
 
 
-def _goal(
-  terms: Objective | Sequence[Term] | None, teacher: Model | None
-) -> Objective:
-  if isinstance(terms, Objective):
-    return terms
-  if terms is not None:
-    return Objective(tuple(terms))
-  if teacher is not None:
-    return hinton(alpha=0.1, temperature=4.0)
-  return Objective((Term("hard", losses.cross_entropy, group="hard"),))
-
-
-def _given(variables: PyTree, teacher: Model, batch: Batch) -> PyTree:
-  """A teacher's variables; one that has none needs none.
-
-  Raises:
-    UserError: it has some, and they are not given.
-  """
-  if not isinstance(variables, tuple) or variables:
-    return variables
-  needed = jax.eval_shape(teacher.init, jax.random.key(0), batch)
-  if jax.tree.leaves(needed):
+def _check_counts(steps: int, save_every: int, save_minutes: float) -> None:
+  if steps < 1 or save_every < 1 or save_minutes < 0:
     raise errors.UserError(
-      f"got no teacher_variables, and the teacher has "
-      f"{num_parameters(needed[0]):,} parameters: give its (params, stats)"
+      f"got steps={steps}, save_every={save_every}, save_minutes="
+      f"{save_minutes}: needs at least 1, 1 and 0"
     )
-  return needed
 
 
-def _restore(
-  saver: checkpoint.Checkpointer,
-  state: TrainState,
-  facts: dict[str, Any],
-  name: str,
-  tell: Callable[[str], None],
-) -> tuple[int, TrainState, Any]:
-  """Step, state and input position of the newest sound checkpoint.
+def _evaluation(
+  examine: Callable[..., dict[str, float]],
+  batches: Iterable[Batch],
+  frozen: PyTree,
+  clock: Clock,
+  *,
+  teacher_of: TeacherOf,
+  student_of: StudentOf,
+) -> Callable[[TrainState], dict[str, float]]:
+  """A state -> its `eval/<metric>`."""
 
-  The step counts batches. The state's own counts updates, and skipped batches
-  made none.
-  """
-  restored = saver.restore(state, note=tell)
-  if restored is None:
-    return 0, state, None
-  if restored.facts["teacher"] != facts["teacher"]:
-    raise errors.UserError(
-      f"{name}: the checkpoint was trained with another teacher (fingerprint "
-      f"{restored.facts['teacher']}, now {facts['teacher']}): use the same "
-      "teacher, or another workdir"
-    )
-  return restored.step, restored.state, restored.position
+  def evaluate(state: TrainState) -> dict[str, float]:
+    whole = student_of(state.params, frozen), state.stats
+    got = examine(whole, teacher_of(state, frozen), clock.signs(batches))
+    return {f"eval/{name}": value for name, value in got.items()}
 
-
-def _close(saver: checkpoint.Checkpointer, clock: Clock) -> None:
-  with clock.at("saving"):
-    saver.close()
+  return evaluate
 
 
 def _save(
-  saver: checkpoint.Checkpointer,
-  feed: Feed,
-  facts: dict[str, Any],
-  writer: Writer | None,
-  account: Goodput,
+  saver: Saver, writer: Writer | None, account: Goodput
 ) -> stepping.Save:
-  """Keeps a state, where the input stands, and the time it all took."""
+  """Keeps a state, what was measured until then, and the time it all took."""
 
   def save(
     step: int, state: TrainState, metrics: dict[str, float] | None
   ) -> None:
     if writer is not None:  # first: the run may go on from this checkpoint
       writer.send()
-    saver.save(
-      step, state, position=feed.position, facts=facts, metrics=metrics
-    )
+    saver.save(step, state, metrics)
     account.write()
 
   return save
-
-
-def _test(
-  run: Callable[..., dict[str, float]],
-  batches: Iterable[Batch],
-  frozen: PyTree,
-  teacher_of: TeacherOf,
-  student_of: StudentOf,
-  clock: Clock,
-) -> Callable[[TrainState], dict[str, float]]:
-  """A state -> its `eval/<metric>`."""
-
-  def test(state: TrainState) -> dict[str, float]:
-    whole = student_of(state.params, frozen), state.stats
-    got = run(whole, teacher_of(state, frozen), clock.signs(batches))
-    return {f"eval/{name}": value for name, value in got.items()}
-
-  return test

@@ -112,6 +112,11 @@ class Objective:
     return tuple(n for n in dict.fromkeys(names) if n != "logits")
 
 
+def as_objective(terms: Objective | Iterable[Term]) -> Objective:
+  """Terms alone show nothing but themselves."""
+  return terms if isinstance(terms, Objective) else Objective(tuple(terms))
+
+
 def comparable(terms: Iterable[Term]) -> bool:
   """Whether no term has it that the two networks read other tokens."""
   return all(t.traits.takes != "spans" for t in terms)

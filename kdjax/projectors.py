@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from kdjax import convolution, errors
 from kdjax.losses import maps
-from kdjax.objective import Term, each
+from kdjax.objective import Term
 from kdjax.types import Batch
 
 Spec = Any  # jax.ShapeDtypeStruct, or an array
@@ -140,55 +140,29 @@ def project(term: Term, projector: Projector) -> Term:
     UserError: if the term reads no taps, has a temperature, needs labels or
       takes whole sequences.
   """
-  if term.taps is None:
-    raise errors.UserError(
-      f"term {term.name!r} has a projector and no taps: name the activations"
-    )
-  if term.temperature is not None:
-    raise errors.UserError(
-      f"term {term.name!r} has a projector and a temperature: project "
-      "activations, not logits"
-    )
-  if term.traits.labels or not term.traits.teacher:
-    raise errors.UserError(
-      f"term {term.name!r} has a projector and a loss of labels: choose a loss "
-      "of two activations"
-    )
-  if term.traits.takes != "examples":
-    raise errors.UserError(
-      f"term {term.name!r} has a projector and a loss of whole sequences, "
-      "which needs none: leave it out"
-    )
-  several = not isinstance(term.taps[0], str)
-  count = len(each(term.taps[0]))
-  inner_init = term.init
+  _check_term(term)
+  assert term.taps is not None
+  one, inner_init = isinstance(term.taps[0], str), term.init
 
-  def targets(student: Any, teacher: Any) -> Any:
-    if not several:
-      return _not_larger(teacher, student)
-    return tuple(_not_larger(t, s) for s, t in zip(student, teacher))
+  def several(x: Any) -> tuple[Any, ...]:
+    return (x,) if one else tuple(x)
 
-  def projected(params: PyTree, x: Any, like: Any, where: Array) -> Any:
-    if not several:
-      return projector.apply(params["0"], x, like, where)
-    return tuple(
-      projector.apply(params[str(n)], x[n], like[n], where)
-      for n in range(count)
-    )
+  def as_given(x: tuple[Any, ...]) -> Any:
+    return x[0] if one else x
+
+  def targets(student: Any, teacher: Any) -> tuple[Any, ...]:
+    pairs = zip(several(student), several(teacher))
+    return tuple(_not_larger(theirs, ours) for ours, theirs in pairs)
 
   def init(key: Array, student: Any, teacher: Any) -> tuple[PyTree, PyTree]:
-    own_key, *keys = jax.random.split(key, 1 + count)
-    teacher = jax.eval_shape(targets, student, teacher)
-    pairs = zip(student, teacher) if several else [(student, teacher)]
-    params: dict[str, PyTree] = {
-      "projector": {
-        str(n): projector.init(k, ours, theirs)
-        for n, (k, (ours, theirs)) in enumerate(zip(keys, pairs))
-      }
-    }
-    state: PyTree = {}
-    if inner_init is not None:
-      params["term"], state = inner_init(own_key, teacher, teacher)
+    likes = jax.eval_shape(targets, student, teacher)
+    own_key, *keys = jax.random.split(key, 1 + len(likes))
+    drawn = map(projector.init, keys, several(student), likes)
+    params = {"projector": {str(n): layers for n, layers in enumerate(drawn)}}
+    if inner_init is None:
+      return params, {}
+    like = as_given(likes)
+    params["term"], state = inner_init(own_key, like, like)
     return params, state
 
   def loss(
@@ -201,22 +175,39 @@ def project(term: Term, projector: Projector) -> Term:
     **hparams: Any,
   ) -> tuple[Array, PyTree]:
     where = jnp.asarray(batch["mask"]) > 0
-    teacher = targets(student, teacher)
-    student = projected(params["projector"], student, teacher, where)
+    likes = targets(student, teacher)
+    mapped = tuple(
+      projector.apply(params["projector"][str(n)], x, like, where)
+      for n, (x, like) in enumerate(zip(several(student), likes))
+    )
+    both = as_given(mapped), as_given(likes)
     if inner_init is not None:
-      return term.loss(
-        params["term"], state, student, teacher, batch, key, **hparams
-      )
+      return term.loss(params["term"], state, *both, batch, key, **hparams)
     if term.traits.couples:
       hparams["where"] = where
-    return term.loss(student, teacher, **hparams), state
+    return term.loss(*both, **hparams), state
 
-  return dataclasses.replace(
-    term,
-    loss=loss,
-    init=init,
-    couples=term.coupled or projector.couples,
-  )
+  couples = term.coupled or projector.couples
+  return dataclasses.replace(term, loss=loss, init=init, couples=couples)
+
+
+def _check_term(term: Term) -> None:
+  """Refuses a term that has no two activations, of examples, to compare."""
+  told = f"term {term.name!r} has a projector and"
+  if term.taps is None:
+    raise errors.UserError(f"{told} no taps: name the activations")
+  if term.temperature is not None:
+    raise errors.UserError(
+      f"{told} a temperature: project activations, not logits"
+    )
+  if term.traits.labels or not term.traits.teacher:
+    raise errors.UserError(
+      f"{told} a loss of labels: choose a loss of two activations"
+    )
+  if term.traits.takes != "examples":
+    raise errors.UserError(
+      f"{told} a loss of whole sequences, which needs none: leave it out"
+    )
 
 
 def convolve(x: Array, kernel: Array) -> Array:

@@ -71,12 +71,7 @@ def simkd(
 
   Source: Chen et al. 2022, arXiv 2203.14001, section 3 and their code.
   """
-  classifier = teacher_variables[0].get("classifier")
-  if not isinstance(classifier, Mapping) or "kernel" not in classifier:
-    raise errors.UserError(
-      f"the teacher has {sorted(teacher_variables[0])}, needs 'classifier', a "
-      "linear layer, for the student to inherit"
-    )
+  classifier = _inherited(teacher_variables[0])
   specs = jax.eval_shape(student.init, jax.random.key(0), batch)
   if "classifier" not in specs[0]:
     raise errors.UserError(
@@ -134,20 +129,35 @@ def simkd(
       params["projector"], stats["projector"], {"map": pooled}, train=train
     )
     features = jnp.mean(projected.logits, axis=(1, 2))
-    fixed = stats["classifier"]
-    logits = features @ fixed["kernel"]
-    if "bias" in fixed:
-      logits += fixed["bias"][None, :]
+    logits = _classify(stats["classifier"], features)
     new_stats = {
+      **stats,
       "student": student_stats,
       "projector": projector_stats,
-      "classifier": fixed,
     }
     there = {**inner.taps, "projected": projected.logits}
     chosen = there if taps == ALL_TAPS else {t: there[t] for t in taps}
     return Output(logits, chosen), new_stats
 
   return Model(init, apply)
+
+
+def _inherited(params: Params) -> Mapping[str, Array]:
+  """The teacher's classifier."""
+  classifier = params.get("classifier")
+  if not isinstance(classifier, Mapping) or "kernel" not in classifier:
+    raise errors.UserError(
+      f"the teacher has {sorted(params)}, needs 'classifier', a "
+      "linear layer, for the student to inherit"
+    )
+  return classifier
+
+
+def _classify(
+  layer: Mapping[str, Array], features: Float[Array, "b d"]
+) -> Float[Array, "b classes"]:
+  logits = features @ layer["kernel"]
+  return logits + layer["bias"][None, :] if "bias" in layer else logits
 
 
 def _last(side: str, pattern: str, specs: Mapping[str, Any]) -> tuple[str, Any]:

@@ -34,6 +34,45 @@ def denominators(
   return jax.lax.psum(sums, axis_name) if axis_name else sums
 
 
+def all_terms(
+  terms: Sequence[Term],
+  student: Output,
+  teacher: Output | None,
+  batch: Batch,
+  divide_by: Mapping[str, Array],
+  step: Array,
+  term_params: Mapping[str, PyTree],
+  term_state: Mapping[str, PyTree],
+  key: Array,
+  layout: fused.Layout | None = None,
+) -> tuple[dict[str, Array], Sums, dict[str, PyTree]]:
+  """`{group: Σ weight · loss}`, the sums, and the terms' new state.
+
+  Those that read logits by `logit_terms`, the rest by `other_terms`.
+  """
+  logits = [t for t in terms if t.reads_logits]
+  others = [t for t in terms if not t.reads_logits]
+  targets = teacher and teacher.logits
+  ours, sums = logit_terms(
+    logits, student.logits, targets, batch, divide_by, step, layout
+  )
+  more, more_sums, new_state = other_terms(
+    others,
+    student,
+    teacher,
+    batch,
+    divide_by,
+    step,
+    term_params,
+    term_state,
+    key,
+  )
+  groups: dict[str, Any] = {
+    g: ours.get(g, 0) + more.get(g, 0) for g in {**ours, **more}
+  }
+  return groups, {**sums, **more_sums}, new_state
+
+
 def logit_terms(
   terms: Sequence[Term],
   student: Any,

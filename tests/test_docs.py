@@ -227,6 +227,7 @@ PACKAGES = [
   "kdjax.pretrained",
   "kdjax.export",
   "kdjax.report",
+  "kdjax.memory_plan",
 ]
 # Of one file each: their public functions and classes.
 MODULES = [
@@ -244,7 +245,6 @@ MODULES = [
   "kdjax.generate",
   "kdjax.in_parts",
   "kdjax.simkd",
-  "kdjax.memory_plan",
 ]
 
 

@@ -11,7 +11,7 @@ from networks import softmax
 
 from kdjax import evaluate, losses, totals
 from kdjax.errors import UserError
-from kdjax.losses import LOGIT_LOSSES, fused
+from kdjax.losses import LOGIT_LOSSES, chunks, fused, head_gradients
 from kdjax.objective import Objective, Term, hinton
 from kdjax.types import LinearLogits, dense
 
@@ -23,9 +23,9 @@ SOFTCAP, SCALE = 3.0, 0.7
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
   """13 classes are then two parts and a rest, a chunk of 4 two tiles."""
-  monkeypatch.setattr(fused, "_CLASSES", 5)
-  monkeypatch.setattr(fused, "_TILE", STUDENT_V)
-  monkeypatch.setattr(fused.os, "cpu_count", lambda: 2)
+  monkeypatch.setattr(head_gradients, "_CLASSES", 5)
+  monkeypatch.setattr(chunks, "_TILE", STUDENT_V)
+  monkeypatch.setattr(chunks.os, "cpu_count", lambda: 2)
 
 
 def normal(*shape):

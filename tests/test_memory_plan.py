@@ -12,7 +12,14 @@ import pytest
 
 from kdjax import losses, memory_plan, parallel
 from kdjax.errors import UserError
-from kdjax.memory_plan import Plan, advice, check_fits, head_bytes, readable
+from kdjax.memory_plan import (
+  Plan,
+  advice,
+  check_fits,
+  head_bytes,
+  measured,
+  readable,
+)
 from kdjax.objective import Term, hinton
 from kdjax.train_step import init_state, jit_step, make_train_step
 from kdjax.types import LinearLogits, Model, Output
@@ -254,7 +261,7 @@ def test_the_backend_is_asked_for_its_limit():
     def __init__(self, stats):
       self.memory_stats = functools.partial(lambda s: s, stats)
 
-  limit = memory_plan._limit
+  limit = measured._limit
   assert limit([Device({"bytes_limit": 7})]) == (7, True)
   assert limit([Device(None)]) == (None, False)
   host, reported = limit(jax.devices())

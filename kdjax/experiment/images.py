@@ -43,17 +43,10 @@ class ImageExperiment:
 
   def __init__(self, config: Any, *, blank: bool = False):
     self.config = config
-    c, load = config.data, data.blank if blank else data.load
-    source = load(c.name, c.train_split, data_dir=c.data_dir or None)
-    held_out = load(c.name, c.eval_split, data_dir=c.data_dir or None)
-    for part in (source, held_out):
-      data.check_labels(part)
-    if c.labelled:
-      data.labelled_mask(source, c.labelled, seed=config.seed)
-    self.source, self.held_out = source, held_out
-    channels = int(source.image_shape[-1] or 0)
+    self.source, self.held_out = self._sources(blank)
+    channels = int(self.source.image_shape[-1] or 0)
     self.teacher, self.student = (
-      configuration.model(network, source.num_classes, channels)
+      configuration.model(network, self.source.num_classes, channels)
       for network in (config.teacher, config.student)
     )
     self.mesh = parallel.make_mesh(**config.mesh)
@@ -68,11 +61,11 @@ class ImageExperiment:
     }
     self.optimizers = phases.optimizers(config, self.mesh)
     self.eval_batches = data.eval_batches(
-      held_out,
+      self.held_out,
       batch_size=phases.eval_rows(config, self.mesh),
-      mean=c.mean,
-      std=c.std,
-      transform=configuration.eval_transform(c),
+      mean=config.data.mean,
+      std=config.data.std,
+      transform=configuration.eval_transform(config.data),
       **phases.share(self.mesh),
     )
     self.example = next(iter(self.eval_batches))
@@ -88,19 +81,9 @@ class ImageExperiment:
     self.parts = self._parts(student, frozen)
     phases.trace(self.parts)
     self.evaluators: dict[Model, Any] = {}
-    if blank:
-      return
-    phases.check_goal(config, self.goal, key="checkpoint")
-    self.loaded = configuration.loaded(
-      config.teacher, self.teacher, self.example
-    )
-    if self.loaded is not None:
-      student = jax.eval_shape(
-        self.student.init, jax.random.key(0), self.example
-      )
-      check_outputs(
-        self.student, self.teacher, student, self.loaded, self.example
-      )
+    if not blank:
+      phases.check_goal(config, self.goal, key="checkpoint")
+      self.loaded = self._teacher_loaded()
 
   def train(
     self,
@@ -194,6 +177,29 @@ class ImageExperiment:
     return found, examples.with_images(
       facts, source.examples, source.class_names
     )
+
+  def _sources(self, blank: bool) -> tuple[data.Source, data.Source]:
+    """The images to train on and those held out."""
+    c, load = self.config.data, data.blank if blank else data.load
+    train, held_out = (
+      load(c.name, split, data_dir=c.data_dir or None)
+      for split in (c.train_split, c.eval_split)
+    )
+    for part in (train, held_out):
+      data.check_labels(part)
+    if c.labelled:  # refused now, if there are not as many
+      data.labelled_mask(train, c.labelled, seed=self.config.seed)
+    return train, held_out
+
+  def _teacher_loaded(self) -> Variables | None:
+    """The teacher's variables, seen to fit; None where it is to be trained."""
+    theirs = configuration.loaded(
+      self.config.teacher, self.teacher, self.example
+    )
+    if theirs is not None:
+      ours = jax.eval_shape(self.student.init, jax.random.key(0), self.example)
+      check_outputs(self.student, self.teacher, ours, theirs, self.example)
+    return theirs
 
   def _goal(self, student: Model, frozen: PyTree) -> objective.Objective:
     """The objective, its taps chosen from those that the networks have."""

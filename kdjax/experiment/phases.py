@@ -24,7 +24,8 @@ from kdjax.config import Optimizer
 from kdjax.loggers import Logger, OnMetrics
 from kdjax.losses import fused
 from kdjax.objective import Objective
-from kdjax.train_step import TrainStep, init_state, make_train_step
+from kdjax.train_state import init_state
+from kdjax.train_step import TrainStep, make_train_step
 from kdjax.types import Batch, Model, TrainState, Variables
 from kdjax.watchdog import Watchdog
 

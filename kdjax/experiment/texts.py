@@ -1,16 +1,12 @@
 """Language models: the texts and decoders of a config, and their phases."""
 
 import dataclasses
-import functools
 import itertools
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 import kdjax.config as configuration
@@ -24,8 +20,8 @@ from kdjax import (
   processes,
 )
 from kdjax.data import text
-from kdjax.experiment import phases
-from kdjax.generate import generate
+from kdjax.experiment import phases, samples
+from kdjax.experiment.token_rows import TokenRows
 from kdjax.in_parts import in_parts
 from kdjax.inherit import copy_embeddings
 from kdjax.loggers import OnMetrics
@@ -64,7 +60,7 @@ class TextExperiment:
       print(f"kdjax: {line}", file=sys.stderr)
     self.by_spans = configuration.by_spans(config)
     if not blank:
-      self._read_texts()
+      self.rows = TokenRows(config, self.mesh, self.made, pairs=self.by_spans)
     self.models = {
       side: configuration.causal_lm(
         net, config[side], config.head, self.made.num_classes[side]
@@ -76,11 +72,7 @@ class TextExperiment:
     if self.by_spans:
       self.teacher = adapters.reading(self.teacher, "teacher_")
     self.layout = fused.over(self.mesh)
-    if blank:
-      rows = text.blank_rows(0, config.data.sequence_length)
-      self.example = phases.batch_shapes(rows, config.data.batch_size)
-    else:
-      self.example = next(iter(self._batches("student", 0)))
+    self.example = self._example(blank)
     self.goal = self._goal()
     self.start, self.loaded = None, None
     if not blank:
@@ -88,22 +80,8 @@ class TextExperiment:
       self.start = self._loaded("student")
     self.parts = self._parts()
     phases.trace(self.parts, self.layout)
-    if blank:
-      return
-    theirs = self.start
-    if not self._is_base():
-      theirs = self._loaded("teacher")
-    self.loaded = None if theirs is None else (theirs, {})
-    if self.loaded is not None:
-      check_outputs(
-        self.models["student"],
-        self.teacher,
-        self._shapes("student"),
-        self.loaded,
-        self.example,
-        mesh=self.mesh,
-        comparable=not self.by_spans,
-      )
+    if not blank:
+      self.loaded = self._teacher_loaded()
     self.evaluators: dict[str, Any] = {}
 
   def train(
@@ -129,8 +107,8 @@ class TextExperiment:
       student=self.models[side],
       teacher=self.teacher if taught else None,
       teacher_variables=given.get("frozen", ()),
-      train=self._batches(side, seed),
-      evaluate_on=None if finished else self._eval_batches(side),
+      train=self.rows.train_batches(side, seed),
+      evaluate_on=None if finished else self.rows.eval_batches(side),
       terms=terms,
       student_variables=given.get("variables"),
       layout=self.layout,
@@ -163,78 +141,23 @@ class TextExperiment:
       self.evaluators[side] = evaluate.make_examine(
         self.models[side], other, self.mesh, self.layout, most=examples.MOST
       )
-    flops = flops_per_token(self.made.nets[side], self.lengths[side])
-    batches = signs(self._eval_batches(side))
+    flops = flops_per_token(self.made.nets[side], self.rows.lengths[side])
+    batches = signs(self.rows.eval_batches(side))
     metrics, facts = self.evaluators[side](variables, frozen, batches)
     return {
       "parameters": evaluate.num_parameters(variables[0]),
       "flops_per_token": flops,
       **metrics,
-      "samples": self._samples(side, variables),
+      "samples": samples.written(self.config, self.made, side, variables[0]),
     }, examples.with_texts(facts, self.made.reads[side].decode)
 
-  def _read_texts(self) -> None:
-    """The tokens of both sides: the same where one tokenizer reads for both."""
-    c, reads = self.config.data, self.made.reads
-    folder = configuration.token_folder(c)
-    documents, held_out = configuration.documents(c)
-    self.lengths = {
-      "student": c.sequence_length,
-      "teacher": c.teacher_length or c.sequence_length,
-    }
-    if not self.by_spans:
-      self.lengths["teacher"] = c.sequence_length
-    for side, net in self.made.nets.items():
-      text.check_length(self.lengths[side], net.context)
-    tokens = functools.partial(
-      text.tokenize, folder=folder, skip_empty=c.skip_empty
-    )
-    if self.by_spans:
-      self.pairs = text.tokenize_pair(
-        documents,
-        reads["student"],
-        reads["teacher"],
-        folder=folder,
-        skip_empty=c.skip_empty,
-      )
-      self.tokens = {
-        "student": self.pairs.student.tokens,
-        "teacher": self.pairs.teacher.tokens,
-      }
-    else:
-      self.tokens = dict.fromkeys(reads, tokens(documents, reads["student"]))
-    self.held_out = {side: tokens(held_out, reads[side]) for side in reads}
-    # Conversations are laid into rows whole, texts are cut where a row ends.
-    self.cut = isinstance(documents.examples[0], str)
-
-  def _batches(self, side: str, seed: int) -> Iterable[Batch]:
-    """What a network learns from; the student, alone too, from pairs if any."""
-    rows = dict(
-      batch_size=self.config.data.batch_size,
-      seed=seed,
-      **phases.share(self.mesh),
-    )
-    if side == "student" and self.by_spans:
-      return text.pair_batches(
-        self.pairs,
-        sequence_length=self.lengths["student"],
-        teacher_length=self.lengths["teacher"],
-        **rows,
-      )
-    return text.train_batches(
-      self.tokens[side],
-      sequence_length=self.lengths[side],
-      cut=self.cut,
-      **rows,
-    )
-
-  def _eval_batches(self, side: str) -> Iterable[Batch]:
-    return text.eval_batches(
-      self.held_out[side],
-      batch_size=phases.eval_rows(self.config, self.mesh),
-      sequence_length=self.lengths[side],
-      cut=self.cut,
-      **phases.share(self.mesh),
+  def _example(self, blank: bool) -> Batch:
+    """A batch; of a blank experiment its shapes."""
+    if not blank:
+      return next(iter(self.rows.train_batches("student", 0)))
+    c = self.config.data
+    return phases.batch_shapes(
+      text.blank_rows(0, c.sequence_length), c.batch_size
     )
 
   def _parts(self) -> phases.Parts:
@@ -286,6 +209,22 @@ class TextExperiment:
     alone = jax.process_count() == 1
     return jax.device_get(params) if trained and alone else params
 
+  def _teacher_loaded(self) -> Variables | None:
+    """The teacher's variables, seen to fit; None where it is to be trained."""
+    theirs = self.start if self._is_base() else self._loaded("teacher")
+    if theirs is None:
+      return None
+    check_outputs(
+      self.models["student"],
+      self.teacher,
+      self._shapes("student"),
+      (theirs, {}),
+      self.example,
+      mesh=self.mesh,
+      comparable=not self.by_spans,
+    )
+    return theirs, {}
+
   def _is_base(self) -> bool:
     """Whether the teacher is the student without its adapters."""
     ours, theirs = self.config.student, self.config.teacher
@@ -315,7 +254,7 @@ class TextExperiment:
       texts = (
         parallel.put_batch(rows, self.mesh)
         for rows in itertools.islice(
-          self._batches("teacher", seed), _CALIBRATION
+          self.rows.train_batches("teacher", seed), _CALIBRATION
         )
       )
       net = self.made.nets["teacher"]
@@ -344,31 +283,6 @@ class TextExperiment:
     if taught:
       views["teacher_of"] = lambda state, frozen: frozen["teacher"]
     return views
-
-  def _samples(self, side: str, variables: Variables) -> list[list[str]]:
-    """[prompt, what the network writes after it] of each prompt."""
-    c, reads = self.config.sample, self.made.reads[side]
-    greedy = not c.temperature
-    written = []
-    for n, prompt in enumerate(c.prompts):
-      (encoded,) = reads.encode([prompt])
-      ids = np.concatenate([reads.prefix, encoded.ids]).astype(int)
-      made = generate(
-        self.made.nets[side],
-        variables[0],
-        jnp.asarray(ids)[None],
-        max_new_tokens=c.max_new_tokens,
-        key=None if greedy else jax.random.key(n),
-        sampling_temperature=c.temperature or 1.0,
-        top_p=c.top_p,
-        stop_tokens=() if reads.eos is None else (reads.eos,),
-        pad_token=reads.pad,
-        num_classes=self.made.num_classes[side],
-        dtype=configuration.dtype(self.config[side].dtype),
-      )
-      tokens = parallel.on_host(made.tokens)[0][: int(made.lengths[0])]
-      written.append([prompt, reads.decode(tokens.tolist())])
-    return written
 
 
 def _side(phase: str) -> str:

@@ -13,21 +13,18 @@ or the batch holds one example; here such rows send a finite gradient or none.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Shaped
 
 from kdjax import errors
-from kdjax.losses.groups import HIGHEST, count, gram, in_groups, same_size
+from kdjax.losses.groups import count, gram, in_groups, same_size
 from kdjax.losses.maps import both, l2_normalize
+from kdjax.losses.pairwise import by_rows, distances
 from kdjax.losses.softmax import relative_entropy
 from kdjax.losses.traits import tap_loss
 from kdjax.types import UserError
-
-# Floats that differences and triplets take at once, about (16 MiB).
-_CHUNK = 2**22
 
 
 @tap_loss(couples=True)
@@ -143,7 +140,7 @@ def relational_angle(
       return jnp.sum(_smooth_l1(cos_s - cos_t)) / count(exists) ** 2
 
     floats = len(s) * (len(s) + s.shape[1] + t.shape[1])
-    return _by_rows(at_vertex, (s, t, exists), floats)
+    return by_rows(at_vertex, (s, t, exists), floats)
 
   return in_groups(of_group, *both(student, teacher), where, group_size)
 
@@ -231,48 +228,9 @@ def _log_affinity(x: Array, pairs: Array) -> Array:
 
 def _relative_distances(x: Array, exists: Array) -> Array:
   """[n, n]: distances over the mean of the positive ones."""
-  d = jnp.where(exists[:, None] & exists[None, :], _distances(x), 0.0)
+  d = jnp.where(exists[:, None] & exists[None, :], distances(x), 0.0)
   mean = jnp.sum(d) / jnp.maximum(jnp.sum(d > 0), 1)
   return d / jnp.where(mean > 0, mean, 1.0)
-
-
-@jax.custom_vjp
-def _distances(x: Array) -> Array:
-  # Differences, not ‖x‖² + ‖y‖² − 2 x·y: that is the rounding of ‖x‖² where the
-  # rows are close, and the root would make it large. The compiler sums them as
-  # it makes them, and holds no n² D.
-  return jnp.sqrt(jnp.sum((x[:, None] - x[None]) ** 2, axis=-1))
-
-
-def _distances_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-  d = _distances(x)
-  return d, (x, d)
-
-
-def _distances_backward(
-  residual: tuple[Array, Array], slope: Array
-) -> tuple[Array]:
-  """Σⱼ (slopeᵢⱼ + slopeⱼᵢ) (xᵢ − xⱼ) / dᵢⱼ; the root has no slope at 0."""
-  x, d = residual
-  pull = jnp.where(d > 0, (slope + slope.T) / jnp.where(d > 0, d, 1.0), 0.0)
-
-  def of_row(row: tuple[Array, Array]) -> Array:
-    return jnp.matmul(row[0], row[1][None, :] - x, precision=HIGHEST)
-
-  return (_by_rows(of_row, (pull, x), x.size),)
-
-
-_distances.defvjp(_distances_forward, _distances_backward)
-
-
-def _by_rows(of_row: Callable[[Any], Array], rows: Any, floats: int) -> Array:
-  """Maps over rows, each of which takes `floats`, some at a time.
-
-  What they take is not kept for the backward pass, but computed again.
-  """
-  num_rows = len(jax.tree.leaves(rows)[0])
-  at_once = min(num_rows, max(1, _CHUNK // max(1, floats)))
-  return jax.lax.map(jax.checkpoint(of_row), rows, batch_size=at_once)
 
 
 def _smooth_l1(x: Array) -> Array:

@@ -20,7 +20,8 @@ from kdjax.flops import of_program, of_step
 from kdjax.hlo import Collective, Program
 from kdjax.losses import fused
 from kdjax.memory_plan import Plan, readable
-from kdjax.train_step import jit_step, state_shardings
+from kdjax.train_state import state_shardings
+from kdjax.train_step import jit_step
 from kdjax.types import Batch, LinearLogits, TrainState
 
 

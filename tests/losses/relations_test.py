@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 from kdjax import parallel
-from kdjax.losses import contrastive, information, maps, relations, traits
+from kdjax.losses import (
+  contrastive,
+  information,
+  maps,
+  pairwise,
+  relations,
+  traits,
+)
 from kdjax.types import UserError
 
 from . import oracle
@@ -405,7 +412,7 @@ def dot_products(program):
 
 @pytest.mark.parametrize("name", ["relational_distance", "relational_angle"])
 def test_triplets_and_differences_are_not_held(name, monkeypatch):
-  monkeypatch.setattr(relations, "_CHUNK", 2**14)
+  monkeypatch.setattr(pairwise, "_CHUNK", 2**14)
   b, d = 64, 64
 
   def mean(student, teacher):
