@@ -9,6 +9,9 @@ Taps, for n blocks, S tokens and heads of d channels:
     pooled                       [B, D]           what `classifier` reads
     class_logits, distillation_logits  [B, classes]   where distilled
 
+The blocks are scanned: of a kind of which one tap is asked for, those of all
+blocks are made.
+
 The class token is token 0, the distillation token 1; the patches follow, row by
 row.
 """
