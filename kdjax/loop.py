@@ -201,11 +201,8 @@ def distill(
       layout=layout,
       **views,
     )
-  frozen, evaluate = phase.frozen, None
-  if evaluate_on is not None:
-    other = phase.teacher if goal.comparable else None
-    examine = make_evaluate(phase.student, other, mesh, layout)
-    evaluate = _evaluation(examine, evaluate_on, frozen, clock, **views)
+  frozen = phase.frozen
+  evaluate = _evaluation(evaluate_on, phase, layout, clock, **views)
   with contextlib.ExitStack() as stack:
     told_to_stop = stack.enter_context(preemption.watched())
     saver, start = None, 0
@@ -234,11 +231,10 @@ def distill(
       with clock.at("compilation"):
         note(opening.memory(phase, state, rows, settings or {}))
         of_step = phase.flops(rows)
-    sinks: list[OnMetrics] = []
-    writer = None
+    writer, sinks = None, list[OnMetrics]()
     if folder is not None and lead:
-      writer = Writer(folder, resume_step=start)
-      sinks.append(stack.enter_context(writer))
+      writer = stack.enter_context(Writer(folder, resume_step=start))
+      sinks.append(writer)
     if on_metrics is not None and lead:
       sinks.append(loggers.guarded(on_metrics))
     account = Goodput(clock, folder if lead else None)
@@ -281,19 +277,24 @@ def _check_counts(steps: int, save_every: int, save_minutes: float) -> None:
 
 
 def _evaluation(
-  examine: Callable[..., dict[str, float]],
-  batches: Iterable[Batch],
-  frozen: PyTree,
+  batches: Iterable[Batch] | None,
+  phase: opening.Phase,
+  layout: fused.Layout,
   clock: Clock,
   *,
   teacher_of: TeacherOf,
   student_of: StudentOf,
-) -> Callable[[TrainState], dict[str, float]]:
-  """A state -> its `eval/<metric>`."""
+) -> Callable[[TrainState], dict[str, float]] | None:
+  """A state -> its `eval/<metric>`, where there are batches for it."""
+  if batches is None:
+    return None
+  other = phase.teacher if phase.goal.comparable else None
+  examine = make_evaluate(phase.student, other, phase.mesh, layout)
 
   def evaluate(state: TrainState) -> dict[str, float]:
-    whole = student_of(state.params, frozen), state.stats
-    got = examine(whole, teacher_of(state, frozen), clock.signs(batches))
+    whole = student_of(state.params, phase.frozen), state.stats
+    theirs = teacher_of(state, phase.frozen)
+    got = examine(whole, theirs, clock.signs(batches))
     return {f"eval/{name}": value for name, value in got.items()}
 
   return evaluate
