@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kdjax
 from kdjax import __main__ as top
 from kdjax import commands, errors, launch, train
 from kdjax.export import command as export
@@ -52,6 +53,14 @@ def test_an_unknown_command_is_told_with_the_nearest(capsys):
   said = capsys.readouterr().err
   assert said.startswith("kdjax: unknown command 'trian': did you mean 'train'")
   assert said.count("\n") == 1
+
+
+def test_the_versions_are_told_in_one_line(capsys):
+  assert top.main(["kdjax", "--version"]) == 0
+  told = capsys.readouterr().out
+  assert told.startswith(f"kdjax {kdjax.__version__}, python 3.")
+  assert re.search(r", jax \d+\.\d+", told)
+  assert told.count("\n") == 1
 
 
 def test_the_console_script_is_this_main():
