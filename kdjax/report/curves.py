@@ -274,7 +274,9 @@ def plot(
       band = found.mean - found.error, found.mean + found.error
       axes.fill_between(found.steps, *band, color=colour, alpha=0.2, lw=0)
     low, high = min(low, found.mean.min()), max(high, found.mean.max())
-  axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+  axes.xaxis.set_major_locator(
+    MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+  )
   if logs and low > 0 and high / low > _WIDE:
     logarithmic(axes, "y")
     return
