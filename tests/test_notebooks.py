@@ -71,6 +71,12 @@ def test_it_begins_with_the_one_install_cell(name):
   assert first.startswith(INSTALL)
   assert first == sources(NAMES[0], "code")[0]
   assert sources(name)[0].startswith("# ")  # after its title
+  # Colab and Jupyter show it by its title.
+  cell = next(c for c in read(name)["cells"] if c["cell_type"] == "code")
+  assert cell["metadata"]["cellView"] == "form"
+  assert cell["metadata"]["jupyter"]["source_hidden"]
+  page = (ROOT / f"docs/notebooks/{name}.md").read_text(encoding="utf-8")
+  assert f"<summary>{INSTALL.removeprefix('# @title ')}</summary>" in page
 
 
 @EVERY
