@@ -32,6 +32,7 @@ noticed. After 75 and above, start again.
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -206,6 +207,8 @@ def _run(argv: Sequence[str]) -> int:
     raise
   if processes.lead():
     print(results.table(found))
+    page = f"python -m kdjax.report {shlex.quote(workdir)}"
+    print(f"a page of curves and pictures: {page}", file=sys.stderr)
   return 0
 
 
