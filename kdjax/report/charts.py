@@ -183,6 +183,8 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
 def _headed(axes: Any, title: str, *, columns: int) -> None:
   """The title, and below it the legend, above what is drawn."""
   handles, labels = axes.get_legend_handles_labels()
+  # Long names, as of runs, take a line each.
+  columns = max(1, min(columns, 62 // max(map(len, labels))))
   rows = -(-len(handles) // columns)
   axes.set_title(title, pad=10 + 15 * rows)
   axes.legend(
@@ -192,7 +194,8 @@ def _headed(axes: Any, title: str, *, columns: int) -> None:
     bbox_to_anchor=(0, 1),
     ncols=columns,
     borderpad=0.2,
-    columnspacing=1.2,
+    handlelength=1.6,
+    columnspacing=1.0,
   )
 
 
