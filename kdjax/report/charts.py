@@ -162,7 +162,12 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       found = bins.confidence[there], bins.accuracy[there]
       top.plot(*found, color=colour, linestyle=dashes, linewidth=0.9)
       top.scatter(
-        *found, 4 + 150 * share[there] ** 0.5, color=colour, marker=marker
+        *found,
+        4 + 150 * share[there] ** 0.5,
+        color=colour,
+        marker=marker,
+        clip_on=False,
+        zorder=3,
       )
       name = f"{label} (ECE {bins.ece:.1%})"
       top.plot(
