@@ -100,7 +100,7 @@ class Machine:
   """What the install cell sees, and what it does to it."""
 
   def __init__(self, monkeypatch, folder, missing=("kdjax",), files=(), gpu=0):
-    self.calls, self.missing = [], set(missing)
+    self.calls, self.missing, self.code = [], set(missing), 0
     monkeypatch.chdir(folder)
     monkeypatch.delenv("KDJAX_SOURCE", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -117,10 +117,10 @@ class Machine:
       lambda name: None if name in self.missing else found(name),
     )
 
-  def run(self, command, check):
-    assert check
+  def run(self, command):
     assert command[1:5] == ["-m", "pip", "install", "--quiet"]
     self.calls.append(command[5:])
+    return SimpleNamespace(returncode=self.code)
 
 
 def install():
@@ -180,6 +180,12 @@ def test_it_installs_from_where_it_is_told(monkeypatch, tmp_path):
   install()
   told = "kdjax @ git+https://example.com/kdjax"
   assert machine.calls == [[told, "matplotlib"]]
+
+
+def test_it_says_what_to_do_where_pip_finds_no_kdjax(monkeypatch, tmp_path):
+  Machine(monkeypatch, tmp_path).code = 1
+  with pytest.raises(SystemExit, match="set KDJAX_SOURCE: see colab/README"):
+    install()
 
 
 def test_it_asks_for_a_restart_where_pip_replaced_what_is_loaded(
