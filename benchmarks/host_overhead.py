@@ -73,6 +73,20 @@ def batch() -> dict[str, np.ndarray]:
   }
 
 
+GOAL = 1.0  # of beyond, milliseconds
+SHOWN = (
+  "bare",
+  "loop",
+  "beyond",
+  "bare_wall",
+  "loop_wall",
+  "beyond_wall",
+  "put_batch",
+  "fetch",
+  "write",
+)
+
+
 class Times(NamedTuple):
   """Seconds of the wall, and of this thread while it ran."""
 
@@ -176,6 +190,7 @@ def measure(arrays: int, steps: int, blocks: int) -> dict[str, Any]:
     "bare_ms": 1e3 * thread[0],
     "loop_ms": 1e3 * thread[1],
     "beyond_ms": 1e3 * (thread[1] - thread[0]),
+    "ratio": thread[1] / thread[0],
     "bare_wall_ms": 1e3 * wall[0],
     "loop_wall_ms": 1e3 * wall[1],
     "beyond_wall_ms": 1e3 * (wall[1] - wall[0]),
@@ -193,10 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   given = parser.parse_args(arguments)
   rows = []
+  print("milliseconds a step, of the host's thread and of the wall")
+  print(
+    "arrays " + "".join(f"{name:>13}" for name in SHOWN) + " loop/bare  load"
+  )
   for arrays in (10, 300):
-    rows.append(measure(arrays, given.steps, given.blocks))
-    shown = [f"{name} {value:.3g}" for name, value in rows[-1].items()]
-    print(", ".join(shown), flush=True)
+    rows.append(row := measure(arrays, given.steps, given.blocks))
+    shown = "".join(f"{row[f'{name}_ms']:13.2f}" for name in SHOWN)
+    missed = f"  above {GOAL:g}" if row["beyond_ms"] > GOAL else ""
+    print(
+      f"{arrays:<7}{shown}{row['ratio']:10.2f}{row['load']:6.1f}{missed}",
+      flush=True,
+    )
   save(given.out, rows=rows)
 
 

@@ -21,6 +21,7 @@ Wall times on a machine that others share are too long; cores' seconds hardly.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import os
@@ -74,7 +75,9 @@ def prepare(root: str, count: int) -> int:
     "label": tfds.features.ClassLabel(num_classes=10),
   }
   rows = [(n, {"image": file, "label": n % 10}) for n, file in enumerate(files)]
-  tfds_folder.write(root, "Shaped", "1.0.0", features, {"train": rows})
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):  # what TFDS tells of it
+    tfds_folder.write(root, "Shaped", "1.0.0", features, {"train": rows})
   return sum(map(len, files)) // count
 
 

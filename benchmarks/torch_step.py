@@ -6,8 +6,8 @@
 
 Each contestant is a process of its own; they take one step in turn, A B A B,
 so that what else the machine does hits all. Printed are the median seconds of
-a step, and PyTorch's time / the contestant's, round by round, the median and
-the quartiles: above 1, it is faster than the first PyTorch contestant. `cores`
+a step, and kdjax' time / the contestant's, round by round, the median and the
+quartiles: below 1, kdjax (the first contestant) is the faster one. `cores`
 is the same of the seconds of all cores together, which other work on the
 machine moves less. Where there is such work, OMP_WAIT_POLICY=passive keeps
 PyTorch's threads from spinning while they wait for one that does not run.
@@ -269,12 +269,7 @@ def compare(
   *,
   script: str = __file__,
 ) -> dict:
-  """Steps in turn -> the median seconds of each, and the base's / its own.
-
-  The base is the first of all in another script, and PyTorch's first here.
-  """
-  here = script == __file__
-  base = next((n for n in names if here and n in TORCH), names[0])
+  """Steps in turn -> the median seconds of each, and the first's / its own."""
   processes = {name: start(name, *given, script=script) for name in names}
   try:
     rounds = [
@@ -289,7 +284,7 @@ def compare(
   for name in names:
     rows[name] = {"seconds": statistics.median(r[name][0] for r in rounds)}
     for n, what in enumerate(("wall", "cores")):
-      ratios = [r[base][n] / r[name][n] for r in rounds]
+      ratios = [r[names[0]][n] / r[name][n] for r in rounds]
       rows[name][what] = statistics.quantiles(ratios, n=4)
   return rows
 

@@ -43,10 +43,18 @@ def page(notebook: nbformat.NotebookNode, name: str, folder: Path) -> str:
       parts.append(cell.source)
       heading = [heading, *re.findall(r"^#+ (.*)$", cell.source, re.M)][-1]
       continue
-    parts.append(f"```python\n{cell.source}\n```")
+    code = f"```python\n{cell.source}\n```"
+    title = re.match(r"# @title (.*)\n", cell.source)
+    parts.append(folded(title[1], code) if title else code)
     for output in merged(cell.outputs):
       parts += shown(output, heading, folder)
   return "\n\n".join(parts) + "\n"
+
+
+def folded(title: str, code: str) -> str:
+  """A cell that Colab shows by its title alone."""
+  summary = f"<summary>{title}</summary>"
+  return f'<details markdown="1">\n{summary}\n\n{code}\n\n</details>'
 
 
 def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

@@ -1,6 +1,7 @@
 """Distils a large network into a small one.
 
     python -m kdjax COMMAND [--help | arguments]
+    python -m kdjax --version
 
 {commands}
 
@@ -13,7 +14,8 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from kdjax import commands, errors
+import kdjax
+from kdjax import commands, errors, processes
 
 # name: (what `python -m` runs, what it does)
 COMMANDS = {
@@ -55,6 +57,9 @@ def _dispatch(argv: Sequence[str]) -> int:
   if not argv:
     raise errors.UserError(f"got no command: name one of {', '.join(COMMANDS)}")
   name, *rest = argv
+  if name == "--version":
+    print(_versions())
+    return 0
   module, _ = errors.choose("command", name, COMMANDS)
   before = sys.argv
   sys.argv = [f"kdjax {name}", *rest]
@@ -65,6 +70,12 @@ def _dispatch(argv: Sequence[str]) -> int:
   finally:
     sys.argv = before
   return 0
+
+
+def _versions() -> str:
+  """What a report of an error should tell, in one line."""
+  found = {"kdjax": kdjax.__version__, **processes.versions()}
+  return ", ".join(f"{name} {value}" for name, value in found.items() if value)
 
 
 if __name__ == "__main__":

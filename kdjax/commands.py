@@ -69,13 +69,12 @@ def parse(
       _check_config(given["config"])
   # A config is a program, and anything may go wrong in it.
   except (Exception, SystemExit) as error:
-    raise errors.UserError(f"cannot use the arguments: {_told(error)}") from (
-      error
-    )
+    told = _told(error, "config" in names)
+    raise errors.UserError(f"cannot use the arguments: {told}") from error
   return given, rest
 
 
-def _told(error: BaseException) -> str:
+def _told(error: BaseException, has_config: bool) -> str:
   """What went wrong in a flag, or in a config and where, in one line."""
   if error.args and isinstance(error.args[0], KeyError):
     error = error.args[0]
@@ -83,7 +82,7 @@ def _told(error: BaseException) -> str:
     key, *hint = str(error.args[0]).splitlines()
     return "; ".join([f"the config has no key {key}", *hint])
   if isinstance(error, flags.Error) and "Traceback" not in str(error):
-    return _in_words(errors.in_line(str(error)))
+    return _in_words(errors.in_line(str(error)), has_config)
   while "Traceback" in str(error) and (inner := error.__context__):
     error = inner  # what failed in the config, without the text of its trace
   if isinstance(error, errors.UserError):
@@ -91,15 +90,19 @@ def _told(error: BaseException) -> str:
   return errors.told(error)
 
 
-def _in_words(text: str) -> str:
+def _in_words(text: str, has_config: bool) -> str:
   """What absl and ml_collections say, with what to do."""
   if group := re.match(r"flag --(\S+?)=.* as a ConfigDict", text):
     return (
       f"{group[1]} is no single value here, it has keys of its own: change "
       f"those, as in --{group[1]}.NAME=VALUE"
     )
+  if number := re.match(r"flag (--\S+?)=(.*): (invalid|could not)", text):
+    kind = "whole number" if number[3] == "invalid" else "number"
+    return f"{number[1]} is {number[2]!r}, must be a {kind}"
   if text.startswith("Unknown command line flag") and "mean" not in text:
-    return f"{text}: see --help; a key of the config is --config.NAME"
+    hint = "; a key of the config is --config.NAME" if has_config else ""
+    return f"{text}: see --help{hint}"
   return text
 
 

@@ -32,6 +32,7 @@ noticed. After 75 and above, start again.
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -122,9 +123,7 @@ def _claim(workdir: Path, config: Any) -> bool:
       _write_config(workdir, config)
       return new
   except OSError as error:
-    raise errors.UserError(
-      f"cannot write into --workdir {workdir} ({error.strerror}): use another"
-    ) from error
+    raise _cannot_write(workdir, error) from error
 
 
 def _unclaim(workdir: Path) -> None:
@@ -199,6 +198,7 @@ def _run(argv: Sequence[str]) -> int:
     if files.in_bucket(folder):  # what XLA keeps beside them needs a disk
       jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   try:
+    _make(folder)  # before anything is compiled into it
     found = train(config, workdir, opens)
   except errors.UserError:
     if processes.lead():
@@ -206,7 +206,23 @@ def _run(argv: Sequence[str]) -> int:
     raise
   if processes.lead():
     print(results.table(found))
+    page = f"python -m kdjax.report {shlex.quote(workdir)}"
+    print(f"a page of curves and pictures: {page}", file=sys.stderr)
   return 0
+
+
+def _make(folder: Path) -> None:
+  try:
+    with files.reaching(folder):
+      folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> errors.UserError:
+  return errors.UserError(
+    f"cannot write into --workdir {folder} ({error.strerror}): use another"
+  )
 
 
 def _facts(config: Any, workdir: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kdjax
 from kdjax import __main__ as top
 from kdjax import commands, errors, launch, train
 from kdjax.export import command as export
@@ -52,6 +53,14 @@ def test_an_unknown_command_is_told_with_the_nearest(capsys):
   said = capsys.readouterr().err
   assert said.startswith("kdjax: unknown command 'trian': did you mean 'train'")
   assert said.count("\n") == 1
+
+
+def test_the_versions_are_told_in_one_line(capsys):
+  assert top.main(["kdjax", "--version"]) == 0
+  told = capsys.readouterr().out
+  assert told.startswith(f"kdjax {kdjax.__version__}, python 3.")
+  assert re.search(r", jax \d+\.\d+", told)
+  assert told.count("\n") == 1
 
 
 def test_the_console_script_is_this_main():
@@ -204,7 +213,11 @@ MISTAKES = [
     [DIGITS, RUN, "--config.phases.alnoe.steps=1"],
     "the config has no key 'alnoe'; Did you mean \"alone\"",
   ),
-  ("train", [DIGITS, RUN, "--config.alpha=x"], "--config.alpha=x: could not"),
+  (
+    "train",
+    [DIGITS, RUN, "--config.alpha=x"],
+    "--config.alpha is 'x', must be a number",
+  ),
   (
     "train",
     [DIGITS, RUN, "--config.temperature=4.0"],
@@ -217,7 +230,11 @@ MISTAKES = [
     [f"--config={ROOT}/configs/digits.py:smok", RUN],
     "unknown word after the colon of --config 'smok': did you mean 'smoke'",
   ),
-  ("train", [DIGITS, RUN, "--config.seeds=1.5"], "flag --config.seeds=1.5: "),
+  (
+    "train",
+    [DIGITS, RUN, "--config.seeds=1.5"],
+    "--config.seeds is '1.5', must be a whole",
+  ),
   (
     "train",
     [DIGITS, RUN, "--config.seeds=0"],
@@ -232,7 +249,11 @@ MISTAKES = [
   ("train", [DIGITS, "--workdir=s3://b/run"], "of buckets only gs://... can"),
   ("train", [DIGITS, RUN, "--processes=2"], "give all three or none"),
   ("train", [DIGITS, RUN, "--process=1"], "give all three or none"),
-  ("train", [DIGITS, RUN, "--processes=two"], "flag --processes=two: invalid"),
+  (
+    "train",
+    [DIGITS, RUN, "--processes=two"],
+    "--processes is 'two', must be a whole",
+  ),
   (
     "train",
     [DIGITS, RUN, "--coordinator=here", "--processes=2", "--process=0"],
@@ -269,7 +290,11 @@ MISTAKES = [
   ("export", ["--workdir=x", "--output=y"], "x is no folder: give the --workd"),
   ("export", ["--workdir=full", "--output=y"], "full has no config.json: give"),
   ("export", ["--workdir=x", "--output=full"], "full exists and is not empty"),
-  ("export", ["--workdir=x", "--output=y", "--seed=a"], "flag --seed=a: inval"),
+  (
+    "export",
+    ["--workdir=x", "--output=y", "--seed=a"],
+    "--seed is 'a', must be a",
+  ),
   (
     "export",
     ["--workdir=x", "--output=y", "--network=student"],
@@ -281,6 +306,8 @@ MISTAKES = [
     "format 'pt': ",
   ),
   ("export", ["--workdir=x", "--output=y", "z"], "got z: see --help"),
+  ("report", ["--theme=dark", "x"], "flag 'theme': see --help\n"),
+  ("train", [DIGITS, "--workdir=/proc/x"], "cannot write into --workdir /proc"),
 ]
 
 

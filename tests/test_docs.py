@@ -114,6 +114,16 @@ def test_the_tutorial_runs(tutorial):
   assert {"teacher", "student", "train", "test", "taught"} <= set(tutorial)
 
 
+def test_no_python_hides_from_the_tests():
+  """A block without a language is commands, a tree or an output."""
+  for path in sorted((ROOT / "docs").rglob("*.md")):
+    for line, block in blocks(path.read_text(encoding="utf-8"), ""):
+      found = re.search(
+        r"^(?:(?:from|import) \w|[\w.]+ = \S|\w+\()", block, re.M
+      )
+      assert not found, (path.name, line, found)
+
+
 @pytest.mark.parametrize(
   "name", sorted(set(PAGES) - LONG - ELSEWHERE - {TUTORIAL})
 )

@@ -349,7 +349,7 @@ def test_training_that_is_not_done_is_told(run, tmp_path, unmeasured, capsys):
     ("--layout=kdjx", "layout of resnet_cifar 'kdjx': did you mean 'kdjax'"),
     ("--layout=hub", "layout of resnet_cifar 'hub': known: kdjax"),
     ("--seed=4", "has no seed 4, only 0: name one of them"),
-    ("--seed=x", "invalid literal"),
+    ("--seed=x", "--seed is 'x', must be a whole number"),
     ("--ouput=x", "Did you mean: output"),
     ("--workdir=", "--workdir is missing"),
     ("--output=", "--output is missing"),

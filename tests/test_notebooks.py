@@ -71,6 +71,12 @@ def test_it_begins_with_the_one_install_cell(name):
   assert first.startswith(INSTALL)
   assert first == sources(NAMES[0], "code")[0]
   assert sources(name)[0].startswith("# ")  # after its title
+  # Colab and Jupyter show it by its title.
+  cell = next(c for c in read(name)["cells"] if c["cell_type"] == "code")
+  assert cell["metadata"]["cellView"] == "form"
+  assert cell["metadata"]["jupyter"]["source_hidden"]
+  page = (ROOT / f"docs/notebooks/{name}.md").read_text(encoding="utf-8")
+  assert f"<summary>{INSTALL.removeprefix('# @title ')}</summary>" in page
 
 
 @EVERY
@@ -94,7 +100,7 @@ class Machine:
   """What the install cell sees, and what it does to it."""
 
   def __init__(self, monkeypatch, folder, missing=("kdjax",), files=(), gpu=0):
-    self.calls, self.missing = [], set(missing)
+    self.calls, self.missing, self.code = [], set(missing), 0
     monkeypatch.chdir(folder)
     monkeypatch.delenv("KDJAX_SOURCE", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -111,10 +117,10 @@ class Machine:
       lambda name: None if name in self.missing else found(name),
     )
 
-  def run(self, command, check):
-    assert check
+  def run(self, command):
     assert command[1:5] == ["-m", "pip", "install", "--quiet"]
     self.calls.append(command[5:])
+    return SimpleNamespace(returncode=self.code)
 
 
 def install():
@@ -174,6 +180,12 @@ def test_it_installs_from_where_it_is_told(monkeypatch, tmp_path):
   install()
   told = "kdjax @ git+https://example.com/kdjax"
   assert machine.calls == [[told, "matplotlib"]]
+
+
+def test_it_says_what_to_do_where_pip_finds_no_kdjax(monkeypatch, tmp_path):
+  Machine(monkeypatch, tmp_path).code = 1
+  with pytest.raises(SystemExit, match="set KDJAX_SOURCE: see colab/README"):
+    install()
 
 
 def test_it_asks_for_a_restart_where_pip_replaced_what_is_loaded(

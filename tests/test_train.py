@@ -221,7 +221,7 @@ def test_a_named_teacher_is_loaded_and_unchanged(tmp_path, finished, data_dir):
   ("more", "says"),
   [
     ("--config.temprature=3", 'Did you mean "temperature"'),
-    ("--config.alpha=most", "could not convert string to float"),
+    ("--config.alpha=most", "--config.alpha is 'most', must be a number"),
     ("--config.temperature.init_value=0.0", "of 'soft' is 0 at update 0"),
     ("--config.temperature.end_value=-1.0", "temperature of 'soft' is"),
     ("--config.alpha=1.5", "alpha is 1.5 at update 0"),

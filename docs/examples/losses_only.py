@@ -4,38 +4,32 @@ python docs/examples/losses_only.py
 """
 
 import jax
-import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
 from kdjax import losses
 
 x, y = load_digits(return_X_y=True)
-x, y = x.astype(np.float32) / 16, y.astype(np.int32)
 few, train, test = slice(100), slice(1200), slice(1500, None)
 
 
 def init(key, width):
   a, b = jax.random.split(key)
-  return {
-    "hidden": jax.random.normal(a, (64, width)) / 8,
-    "last": jax.random.normal(b, (width, 10)) / width**0.5,
-  }
+  last = jax.random.normal(b, (width, 10)) / width**0.5
+  return {"hidden": jax.random.normal(a, (64, width)) / 8, "last": last}
 
 
 def net(params, rows):  # logits [rows, 10]
-  return jax.nn.relu(x[rows] @ params["hidden"]) @ params["last"]
+  return jax.nn.relu(x[rows] / 16 @ params["hidden"]) @ params["last"]
 
 
 def fit(params, loss, steps=300):
   def step(_, carry):
-    params, state = carry
-    updates, state = optimizer.update(jax.grad(loss)(params), state)
-    return optax.apply_updates(params, updates), state
+    updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+    return optax.apply_updates(carry[0], updates), state
 
   optimizer = optax.adam(3e-3)
-  start = params, optimizer.init(params)
-  return jax.lax.fori_loop(0, steps, step, start)[0]
+  return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
 
 
 def hard(params, rows):

@@ -34,13 +34,8 @@ run = dict(steps=600, evaluate_on=test, quiet=True)
 
 taught = kdjax.distill(student=teacher, train=train, **run)
 alone = kdjax.distill(student=student, train=alone_on, **run)
-done = kdjax.distill(
-  student=student,
-  teacher=teacher,
-  teacher_variables=taught.variables,
-  train=train_few,
-  terms=kdjax.hinton(alpha=0.1, temperature=4.0),
-  **run,
-)
+kd = dict(teacher=teacher, teacher_variables=taught.variables)
+kd["terms"] = kdjax.hinton(alpha=0.1, temperature=4.0)
+done = kdjax.distill(student=student, train=train_few, **kd, **run)
 for name, result in dict(teacher=taught, alone=alone, distilled=done).items():
   print(f"{name:<9}  accuracy {result.metrics['eval/accuracy']:.3f}")

@@ -56,7 +56,8 @@ def notes(run: Run) -> list[str]:
     cut = [f for f in run.facts(network) if len(f["row"]) >= examples.MOST]
     if cut:
       found.append(
-        f"What is told of single examples is of the first {examples.MOST:,}."
+        f"Calibration, confusion, kinds and worst examples are of the first "
+        f"{examples.MOST:,} held-out examples (of texts, tokens)."
       )
       break
   return found
@@ -98,6 +99,8 @@ def time(runs: Sequence[Run]) -> Section:
     "medians of what was logged. Means over seeds; compiled programs are kept, "
     "so later seeds compile less."
   )
+  if "perf/memory_gib" not in there:
+    says += " These devices do not tell how much of their memory is in use."
   body = [el("p", says, class_="faint"), table(head, rows), pictures(made)]
   return Section("Time and memory", join(body), made)
 

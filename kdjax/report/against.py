@@ -197,6 +197,17 @@ def class_names(seeds: Sequence[Facts], size: int) -> Callable[[int], object]:
 
 
 def visible(text: str) -> str:
-  """A token with its spaces and ends of line."""
-  shown = text.replace("\n", "↵").replace("\t", "→").replace("\r", "␍")
-  return shown.replace(" ", "␣") or "∅"
+  """A token with its spaces, ends of line and control characters."""
+  return drawn(text.replace("\n", "↵").replace(" ", "␣")) or "∅"
+
+
+def drawn(text: str) -> str:
+  """With pictures of the characters that have no shape, but ends of line."""
+  return "".join(map(_sign, text.replace("\t", "→")))
+
+
+def _sign(char: str) -> str:
+  if char.isprintable() or char == "\n":
+    return char
+  code = ord(char)  # Unicode has a row of pictures of the first 32
+  return chr(0x2400 + code) if code < 0x20 else f"\\x{code:02x}"

@@ -57,7 +57,7 @@ def _bars(axes: Any, theme: Theme, bars: Sequence[Bar], name: str) -> None:
   for n, bar in enumerate(bars):
     values = bar.values.get(name)
     if not values:
-      axes.text(0, n, " not measured", va="center", color=theme.faint, size=8)
+      axes.text(0, n, " not measured", va="center", color=theme.faint)
       continue
     mean, error = factor * np.mean(values), stderr(values)
     axes.barh(
@@ -79,7 +79,7 @@ def _bars(axes: Any, theme: Theme, bars: Sequence[Bar], name: str) -> None:
       (5, 0),
       textcoords="offset points",
       va="center",
-      size=8,
+      size=9,
     )
     widest = max(widest, end)
   axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
@@ -117,7 +117,7 @@ def sizes(bars: Sequence[Bar], name: str) -> Picture:
     axes.set_xlabel("parameters")
     axes.set_ylabel(title)
     axes.set_title("Size against quality")
-    axes.legend(handles=_who(bars, theme), loc="best", fontsize=8)
+    axes.legend(handles=_who(bars, theme), loc="best")
 
   return picture("size", f"Number of parameters against {title}", draw)
 
@@ -162,7 +162,12 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       found = bins.confidence[there], bins.accuracy[there]
       top.plot(*found, color=colour, linestyle=dashes, linewidth=0.9)
       top.scatter(
-        *found, 4 + 150 * share[there] ** 0.5, color=colour, marker=marker
+        *found,
+        4 + 150 * share[there] ** 0.5,
+        color=colour,
+        marker=marker,
+        clip_on=False,
+        zorder=3,
       )
       name = f"{label} (ECE {bins.ece:.1%})"
       top.plot(
@@ -171,14 +176,32 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       below.stairs(share, edges, color=colour, linestyle=dashes, linewidth=1.4)
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1.03)
-    top.legend(loc="best", fontsize=8)
-    top.set_title("Calibration")
+    _headed(top, "Calibration", columns=2)
     below.set_xlim(0, 1)
     below.set_ylabel("share")
     below.set_xlabel("confidence")
 
   says = "Calibration: accuracy where the confidence is so high, in 15 bins"
-  return picture("calibration", says, draw, height=4.2)
+  return picture("calibration", says, draw, height=4.4)
+
+
+def _headed(axes: Any, title: str, *, columns: int) -> None:
+  """The title, and below it the legend, above what is drawn."""
+  handles, labels = axes.get_legend_handles_labels()
+  # Long names, as of runs, take a line each.
+  columns = max(1, min(columns, 62 // max(map(len, labels))))
+  rows = -(-len(handles) // columns)
+  axes.set_title(title, pad=10 + 15 * rows)
+  axes.legend(
+    handles,
+    labels,
+    loc="lower left",
+    bbox_to_anchor=(0, 1),
+    ncols=columns,
+    borderpad=0.2,
+    handlelength=1.6,
+    columnspacing=1.0,
+  )
 
 
 def matrix(
@@ -261,12 +284,9 @@ def dumbbells(
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlabel(label)
-    axes.set_title(title, pad=26)
+    _headed(axes, title, columns=3)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(
-      loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), borderpad=0.2
-    )
 
   height = 1.25 + 0.27 * len(groups)
   return picture(file, f"{title}: {label} of each", draw, height=height)
@@ -282,7 +302,10 @@ def times(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Picture:
   for _, seconds in rows:
     for what, spent in seconds.items():
       totals[what] = totals.get(what, 0.0) + spent
-  parts = sorted(totals, key=lambda what: -totals[what])
+  whole = sum(totals.values())
+  # What is too short to be seen would be in the legend alone.
+  parts = [what for what in totals if totals[what] >= 0.002 * whole]
+  parts.sort(key=lambda what: -totals[what])
 
   def draw(figure: Figure, theme: Theme) -> None:
     axes = figure.subplots()
@@ -302,10 +325,9 @@ def times(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Picture:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title("Where the time went", pad=40)
+    _headed(axes, "Where the time went", columns=3)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-  height = 1.6 + 0.34 * len(rows)
+  height = 1.9 + 0.34 * len(rows)
   return picture("time", "Where the time of each went", draw, height=height)

@@ -45,7 +45,7 @@ def table(
   """Names to the left, numbers to the right; it scrolls where it is wide."""
   made = el(
     "table",
-    None if caption is None else el("caption", caption),
+    None if caption is None else el("caption", el("span", caption)),
     el("thead", el("tr", *(el("th", cell, scope="col") for cell in head))),
     el(
       "tbody",
@@ -138,7 +138,9 @@ a { color: inherit; text-underline-offset: .2em; }
 .wide { overflow-x: auto; margin: .6rem 0 1.1rem; }
 table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .3rem; }
+caption { padding-bottom: .3rem; text-align: left; }
+caption span { position: sticky; left: 0; display: inline-block;
+  max-width: calc(100vw - 2rem); }
 th, td { padding: .28rem .75rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); vertical-align: top; }
 tr > :first-child { padding-left: 0 !important; }

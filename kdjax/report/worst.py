@@ -6,7 +6,7 @@ import numpy as np
 
 from kdjax.examples import badness, worst_first
 from kdjax.report import measures
-from kdjax.report.against import class_names, visible
+from kdjax.report.against import class_names, drawn, visible
 from kdjax.report.html import Html, el, join, photo
 from kdjax.report.measures import Facts
 from kdjax.report.runs import Run
@@ -71,7 +71,7 @@ def _worst_texts(facts: Facts) -> Html:
   scale = el(
     "p",
     *(
-      join([el("span", class_="key", style=_shade(x)), f" {x * most:.1f} "])
+      join([el("span", class_="key", style=_shade(x)), f" {_two(x * most)} "])
       for x in (0.0, 0.25, 0.5, 0.75, 1.0)
     ),
     "and more; dotted: the student's most likely token is not the teacher's.",
@@ -85,7 +85,7 @@ def _worst_texts(facts: Facts) -> Html:
     ]
     row = int(facts["row"][piece.start])
     blocks.append(
-      el("p", f"row {row}, mean {value[piece].mean():.2f}", class_="faint")
+      el("p", f"row {row}, mean {_two(value[piece].mean())}", class_="faint")
     )
     blocks.append(el("div", *spans, class_="tokens"))
   return join(blocks)
@@ -104,7 +104,7 @@ def _token(
     told = (
       f"KL {facts['kl'][n]:.2f}, {told}; teacher: {visible(known[teacher])}"
     )
-  shown = text.replace("\n", "↵\n").replace("\t", "→")
+  shown = drawn(text).replace("\n", "↵\n")
   return el(
     "span",
     shown or "∅",
@@ -112,6 +112,11 @@ def _token(
     style=_shade(share),
     class_="other" if other else None,
   )
+
+
+def _two(value: float) -> str:
+  """Two digits that say something: 12, 3.4, 0.0042."""
+  return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
 
 
 def _heat(share: float) -> str:
