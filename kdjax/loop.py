@@ -226,15 +226,18 @@ def distill(
       note(lies)
     tracing = Profile(folder, profile, start=start, steps=steps, note=note)
     stack.callback(tracing.close)
-    rows, of_step = parallel.put_batch(feed.first, mesh), None
+    rows, of_step, plan = parallel.put_batch(feed.first, mesh), None, None
     if start < steps:
       with clock.at("compilation"):
-        note(opening.memory(phase, state, rows, settings or {}))
+        plan, words = opening.memory(phase, state, rows, settings or {})
+        note(words)
         of_step = phase.flops(rows)
     writer, sinks = None, list[OnMetrics]()
     if folder is not None and lead:
       writer = stack.enter_context(Writer(folder, resume_step=start))
       sinks.append(writer)
+      if plan is not None:
+        files.write_json(folder / "memory.json", plan.figures())
     if on_metrics is not None and lead:
       sinks.append(loggers.guarded(on_metrics))
     account = Goodput(clock, folder if lead else None)

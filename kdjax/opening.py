@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from kdjax import errors, flops, losses, memory_plan, parallel
 from kdjax.evaluate import num_parameters
+from kdjax.memory_plan import Plan
 from kdjax.objective import Objective, Term, as_objective, hinton
 from kdjax.preflight import check_outputs
 from kdjax.train_state import StudentOf, TeacherOf, create_state
@@ -177,17 +178,18 @@ def describe(phase: Phase, start: int, steps: int) -> str:
 
 def memory(
   phase: Phase, state: TrainState, rows: Batch, settings: Mapping[str, Any]
-) -> str:
-  """What a step takes of each device: a line, or a table where it is much.
+) -> tuple[Plan, str]:
+  """What a step takes of each device, and that in words: a line, or a table
+  where it is much.
 
   Raises:
     UserError: the device has less.
   """
   plan = memory_plan.plan(phase.step, state, phase.frozen, rows)
   if plan.limit is None or plan.total < plan.limit / 10:
-    return memory_plan.line(plan)
+    return plan, memory_plan.line(plan)
   # To tell the head apart takes another compilation.
   plan = plan._replace(head=phase.head(rows))
   name = settings.get("phase", "distilled")
   memory_plan.check_fits(plan, settings, phase=name)
-  return memory_plan.table(plan, settings, phase=name)
+  return plan, memory_plan.table(plan, settings, phase=name)

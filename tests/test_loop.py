@@ -264,6 +264,16 @@ def test_a_step_that_does_not_fit_is_refused(monkeypatch, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_the_memory_plan_lies_in_the_folder(tmp_path):
+  run(batches(), folder=tmp_path / "run")
+  told = json.loads((tmp_path / "run" / "memory.json").read_text())
+  parts = ("student", "optimizer", "teacher", "batch", "temporary")
+  assert all(told[part] > 0 for part in parts)
+  assert told["total"] > sum(told[part] for part in parts)
+  # The student's float32 parameters, of which adam's moments are two more.
+  assert told["student"] < told["optimizer"] / 1.9
+
+
 def test_memory_that_is_short_is_a_table(monkeypatch, capfd):
   planned = memory_plan.plan
 

@@ -77,6 +77,7 @@ def test_results_are_those_of_the_run(tmp_path, undrawn):
   assert rows["teacher"]["wall s"] == "4.0"
   assert rows["teacher"]["compiling s"] == "1.0"
   assert rows["teacher"]["goodput"] == "75.0%"
+  assert rows["teacher"]["planned"] == "3.0 MiB"
   assert page.table("value")["phases.alone.steps"]["value"] == "20"
 
 
@@ -359,7 +360,7 @@ def test_help_and_arguments(tmp_path, capsys):
 def network(values):
   steps = np.arange(1, len(values) + 1)
   rows = np.stack([steps, values], -1).astype(float)
-  return runs.Network({"x": rows}, {}, None)
+  return runs.Network({"x": rows}, {}, {}, None)
 
 
 def test_a_curve_is_the_mean_of_its_seeds_with_their_standard_error():

@@ -70,7 +70,7 @@ def test_the_legend_of_the_calibration_hides_no_mark(drawn):
 @pytest.mark.parametrize("steps", [1, 3, 600])
 def test_steps_are_whole(steps, drawn):
   rows = np.stack([np.arange(1.0, steps + 1)] * 2, -1)
-  line = curves.Series("student", 0, [Network({"x": rows}, {}, None)])
+  line = curves.Series("student", 0, [Network({"x": rows}, {}, {}, None)])
   (axes,) = curves._of_one("x", [line])
   assert all(tick == round(tick) for tick in axes.get_xticks())
 

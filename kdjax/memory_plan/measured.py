@@ -64,6 +64,10 @@ class Plan(NamedTuple):
     arguments = self.state + self.teacher + self.batch
     return arguments + self.temporary + self.output + self.program
 
+  def figures(self) -> dict[str, Any]:
+    """For a file."""
+    return {**self._asdict(), "total": self.total}
+
 
 def plan(
   step: Any,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdjax import examples
+from kdjax.memory_plan import readable
 from kdjax.report import charts, curves
 from kdjax.report.html import Html, el, join, pictures, table
 from kdjax.report.runs import Network, Run, done
@@ -87,22 +88,29 @@ def time(runs: Sequence[Run]) -> Section:
         f"{seconds['compilation']:,.1f}" if "compilation" in seconds else "–",
         "–" if good is None else f"{good:.1%}",
         "–" if not rate else f"{1000 / rate:,.1f}",
+        _planned(found),
         *(_figure(found, m) for m in there),
       ]
     )
-  head = ["", "wall s", "compiling s", "goodput", "ms a step"]
+  head = ["", "wall s", "compiling s", "goodput", "ms a step", "planned"]
   head += [_FIGURES[m][0] for m in there]
   made = [charts.times(spent)] if spent else []
   made += curves.speed(curves.series(runs))
   says = (
     "Goodput is the share of the time that was spent in steps. Speeds are the "
     "medians of what was logged. Means over seeds; compiled programs are kept, "
-    "so later seeds compile less."
+    "so later seeds compile less. Planned is the memory of one device that a "
+    "step takes, by the compiler's account."
   )
   if "perf/memory_gib" not in there:
-    says += " These devices do not tell how much of their memory is in use."
+    says += " These devices do not tell how much of it is in use."
   body = [el("p", says, class_="faint"), table(head, rows), pictures(made)]
   return Section("Time and memory", join(body), made)
+
+
+def _planned(found: Sequence[Network]) -> str:
+  told = [net.memory["total"] for net in found if net.memory]
+  return readable(int(statistics.fmean(told))) if told else "–"
 
 
 def _seconds(found: Sequence[Network]) -> dict[str, float]:

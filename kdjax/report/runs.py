@@ -24,11 +24,13 @@ class Network(NamedTuple):
     metrics: name -> [n, 2], a step and the value there, NaN where it was not
       finite.
     seconds: of `goodput.json`, {} where there is none.
+    memory: of `memory.json`, likewise.
     facts: of `kdjax.examples`, None where there are none.
   """
 
   metrics: Mapping[str, np.ndarray]
   seconds: Mapping[str, Any]
+  memory: Mapping[str, Any]
   facts: Mapping[str, np.ndarray] | None
 
   @property
@@ -136,10 +138,11 @@ def _run(folder: Path, name: str) -> Run:
 
 
 def _network(folder: Path) -> Network:
-  seconds = folder / "goodput.json"
+  seconds, memory = (folder / f"{x}.json" for x in ("goodput", "memory"))
   return Network(
     metrics(folder / "metrics.jsonl"),
     _json(seconds) if seconds.exists() else {},
+    _json(memory) if memory.exists() else {},
     examples.read(folder / examples.NAME),
   )
 

@@ -98,7 +98,7 @@ def content(figures: Figures) -> dict[str, Any]:
     "devices": len(figures.slices),
     "slices": len(set(figures.slices)),
     "mesh": figures.mesh,
-    "memory": {**memory._asdict(), "total": memory.total},
+    "memory": memory.figures(),
     "flops": figures.flops,
     "model_flops": figures.of_model,
     "traffic": figures.traffic,
