@@ -141,7 +141,8 @@ def _said_by_store(error: BaseException, directory: epath.Path) -> str:
   of_store = files.refused(error) or "[http_response_" in text
   if not (files.in_bucket(directory) and of_store):
     return ""
-  return text.partition(" [http_response_")[0][:300]
+  # After what the store said comes what TensorStore knows of the call.
+  return re.split(r"\.? \[\w+='", text)[0][:400]
 
 
 def _free(directory: epath.Path) -> str:
