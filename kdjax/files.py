@@ -6,6 +6,7 @@ something is in it, and is not made. What must be appended to is `Staged`.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import json
@@ -24,6 +25,8 @@ from kdjax.errors import UserError, in_line
 _BUCKET = "gs://"
 # Whose errors tell of a bucket that cannot be reached, whatever their class.
 _CLIENTS = {"aiohttp", "gcsfs", "google", "requests", "tensorflow"}
+# A disk is full, a file too large, a quota used up.
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def path(name: str | os.PathLike[str]) -> Path:
@@ -69,19 +72,38 @@ def write(place: Path, content: bytes) -> None:
   """Whole or not at all, whatever kills the process.
 
   Raises:
-    UserError: the bucket refuses it.
+    UserError: the bucket refuses it, or the disk is full.
   """
   if in_bucket(place):
     with reaching(place):
       place.write_bytes(content)
     return
-  place.parent.mkdir(parents=True, exist_ok=True)
   part = place.with_name(place.name + ".part")
-  with part.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(place)
+  with room(place):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(place)
+
+
+@contextlib.contextmanager
+def room(place: Path) -> Iterator[None]:
+  """Tells in one line that there is no room to write a file.
+
+  Raises:
+    UserError: so; what else fails is left as it is.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    raise UserError(
+      f"cannot write {place} ({os.strerror(error.errno)}): make room, and "
+      "start the same command again"
+    ) from error
 
 
 def write_json(place: Path, value: Any) -> None:

@@ -15,7 +15,6 @@ from jax._src import distributed  # JAX has no public way to its key-value store
 from kdjax import files
 from kdjax.errors import UserError, in_line
 
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _FORBIDDEN = {
   errno.EROFS,
   errno.EACCES,
@@ -59,7 +58,7 @@ def trouble(
   remedy = "make room"
   if isinstance(error, SaveFailed):
     why, remedy = str(error), "see there"
-  elif number in _FULL:
+  elif number in files.FULL:
     why = os.strerror(number)
   elif why := _said_by_store(error, directory):
     remedy = "mend that"
