@@ -158,9 +158,10 @@ class Staged:
 
 
 def check(place: Path) -> None:
-  """Refuses a bucket that is not there or may not be looked at.
+  """Refuses a place that cannot be written into, and changes nothing.
 
-  Orbax asks for the bucket itself, which takes a right that objects do not:
+  Of a bucket it is asked whether it is there and may be looked at: Orbax asks
+  for the bucket itself, which takes a right that objects do not:
   storage.buckets.get.
 
   Raises:
@@ -170,6 +171,20 @@ def check(place: Path) -> None:
     storage = importlib.import_module("google.cloud.storage")
     with reaching(place):
       storage.Client().get_bucket(place.parts[2])  # of "/", "gs", its name
+    return
+  whole = absolute(place)
+  # Where the folder, or what it is to be made in, already is.
+  there = next(at for at in (whole, *whole.parents) if os.path.exists(at))
+  if not there.is_dir():
+    refused_as = errno.ENOTDIR
+  elif os.access(there, os.W_OK | os.X_OK):
+    return
+  else:
+    is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    refused_as = errno.EROFS if is_read_only else errno.EACCES
+  raise UserError(
+    f"cannot write into {place} ({os.strerror(refused_as)}): use another folder"
+  )
 
 
 @contextlib.contextmanager

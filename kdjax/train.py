@@ -123,7 +123,7 @@ def _claim(workdir: Path, config: Any) -> bool:
       return new
   except OSError as error:
     raise errors.UserError(
-      f"cannot write into --workdir {workdir} ({error.strerror}): use another"
+      f"cannot write into {workdir} ({error.strerror}): use another folder"
     ) from error
 
 

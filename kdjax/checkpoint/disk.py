@@ -52,8 +52,8 @@ def trouble(
   number = _number(error)
   if number in _FORBIDDEN:
     return UserError(
-      f"cannot write into {directory} ({os.strerror(number)}): give a folder "
-      "that can be written into"
+      f"cannot write into {directory} ({os.strerror(number)}): use another "
+      "folder"
     )
   remedy = "make room"
   if isinstance(error, SaveFailed):
