@@ -66,8 +66,8 @@ def initialize(
       and all end.
 
   Raises:
-    UserError: on every process alike, if one is missing, does not belong here,
-      or differs in its facts or devices.
+    UserError: on every process alike, if one does not belong here, or differs
+      in its facts or devices; an AbsentError if one is missing.
   """
   global _crew
   if place is None or place.count == 1 or _crew is not None:
@@ -115,7 +115,7 @@ def run(body: Callable[[], int], codes: Mapping[type[Exception], int]) -> int:
   Args:
     body: all that the process does, `initialize` included.
     codes: exceptions whose text tells the user enough, and the exit code of
-      each.
+      each; the first that fits counts.
 
   Returns:
     What `body` returns, or the code of its exception; 130 after Ctrl-C, 75

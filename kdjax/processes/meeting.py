@@ -22,6 +22,10 @@ _MOST = 1 << 22  # bytes of a line; a config has some kilobytes
 _PAUSE = 0.2  # seconds between two tries
 
 
+class AbsentError(UserError):
+  """A process did not come in time. It may only be late: try again."""
+
+
 def meet(place: Place, facts: Facts, seconds: float) -> None:
   """Returns once all processes have come and agree.
 
@@ -31,8 +35,9 @@ def meet(place: Place, facts: Facts, seconds: float) -> None:
     seconds: how long to wait for the others.
 
   Raises:
-    UserError: on every process alike: one is missing, a number is taken twice
-      or is too large, or the facts differ.
+    AbsentError: on every process that came: one did not.
+    UserError: likewise: a number is taken twice or is too large, or the facts
+      differ.
   """
   hello = {
     "run": "kdjax",
@@ -47,7 +52,7 @@ def meet(place: Place, facts: Facts, seconds: float) -> None:
   else:
     wrong = _visit(place, hello, deadline, seconds)
   if wrong is not None:
-    raise UserError(wrong)
+    raise wrong
 
 
 def is_local(address: str) -> bool:
@@ -56,7 +61,7 @@ def is_local(address: str) -> bool:
 
 def _receive(
   place: Place, hello: dict[str, Any], deadline: float, seconds: float
-) -> str | None:
+) -> UserError | None:
   """Process 0: what is wrong, told to all who came."""
   came: dict[int, dict[str, Any]] = {0: hello}
   guests: dict[int, socket.socket] = {}
@@ -66,11 +71,12 @@ def _receive(
     wrong = None
     while wrong is None:
       if len(came) == place.count:
-        wrong = differences({k: v["facts"] for k, v in came.items()})
+        differing = differences({k: v["facts"] for k, v in came.items()})
+        wrong = UserError(differing) if differing else None
         break
       if time.monotonic() > deadline:
         missing = numbers(set(range(place.count)) - set(came))
-        wrong = (
+        wrong = AbsentError(
           f"{missing} of {place.count} did not come to {place.address} within "
           f"{seconds:g} s: start all of them, with the same --coordinator and "
           "--processes"
@@ -89,10 +95,14 @@ def _receive(
       # Of two with one number both are to hear of it.
       index = said["index"] if wrong is None else -1
       guests[index], came[index] = guest, said
+    answer = {
+      "wrong": wrong and str(wrong),
+      "absent": isinstance(wrong, AbsentError),
+    }
     for guest in guests.values():
       with contextlib.suppress(OSError):
         guest.settimeout(5.0)
-        guest.sendall(json.dumps({"wrong": wrong}).encode() + b"\n")
+        guest.sendall(json.dumps(answer).encode() + b"\n")
   return wrong
 
 
@@ -106,16 +116,16 @@ def _forget_gone(
 
 def _misfit(
   place: Place, came: dict[int, dict[str, Any]], said: dict[str, Any]
-) -> str | None:
+) -> UserError | None:
   index, count, who = said["index"], said["count"], said["who"]
   if count != place.count:
-    return (
+    return UserError(
       f"process {index} ({who}) was started as one of {count} processes, "
       f"process 0 ({came[0]['who']}) as one of {place.count}: give all of them "
       "the same number"
     )
   if index in came:
-    return (
+    return UserError(
       f"number {index} of {count} was given to two processes, "
       f"{came[index]['who']} and {who}: number them from 0 to {count - 1}"
     )
@@ -124,13 +134,13 @@ def _misfit(
 
 def _visit(
   place: Place, hello: dict[str, Any], deadline: float, seconds: float
-) -> str | None:
+) -> UserError | None:
   """Another process: what process 0 finds wrong."""
   host, _, port = place.address.rpartition(":")
   while True:
     left = deadline - time.monotonic()
     if left <= 0:
-      return (
+      return AbsentError(
         f"process {place.index} of {place.count} got no answer from process 0 "
         f"at {place.address} within {seconds:g} s: start process 0 too, and "
         "see that the address is its own and the port open"
@@ -142,8 +152,9 @@ def _visit(
         said = _read(link, left + 5.0)
       if said is not None:
         if "wrong" in said:
-          return said["wrong"]
-        return (
+          kind = AbsentError if said["absent"] else UserError
+          return kind(said["wrong"]) if said["wrong"] else None
+        return UserError(
           f"process {place.index} of {place.count} came to a run at "
           f"{place.address} that has begun without it, or to another program: "
           "its number is taken or too large, or the port is in use"
