@@ -38,10 +38,11 @@ from kdjax import commands, errors
 LOST_SECONDS = 20  # after which a process on this machine counts as lost
 _GRACE = 15.0  # seconds to end in, when another has ended badly
 _LOOK = 0.05
-# Of another process: what Gloo says when all is well and jax at SIGTERM, and that
-# it ends because of process 0, which has said why.
+# Of another process: what Gloo says when all is well, and jax at SIGTERM; and
+# that it ends because of process 0, which has said why.
 _KNOWN = re.compile(
-  r"^\[Gloo\] |preemption_notifier|ends too, as process 0 did: see the log there"
+  r"^\[Gloo\] |preemption_notifier|"
+  r"ends too, as process 0 did: see the log there"
 )
 
 
