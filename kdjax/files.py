@@ -6,6 +6,7 @@ something is in it, and is not made. What must be appended to is `Staged`.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import json
@@ -24,6 +25,8 @@ from kdjax.errors import UserError, in_line
 _BUCKET = "gs://"
 # Whose errors tell of a bucket that cannot be reached, whatever their class.
 _CLIENTS = {"aiohttp", "gcsfs", "google", "requests", "tensorflow"}
+# A disk is full, a file too large, a quota used up.
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def path(name: str | os.PathLike[str]) -> Path:
@@ -69,19 +72,38 @@ def write(place: Path, content: bytes) -> None:
   """Whole or not at all, whatever kills the process.
 
   Raises:
-    UserError: the bucket refuses it.
+    UserError: the bucket refuses it, or the disk is full.
   """
   if in_bucket(place):
     with reaching(place):
       place.write_bytes(content)
     return
-  place.parent.mkdir(parents=True, exist_ok=True)
   part = place.with_name(place.name + ".part")
-  with part.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(place)
+  with room(place):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(place)
+
+
+@contextlib.contextmanager
+def room(place: Path) -> Iterator[None]:
+  """Tells in one line that there is no room to write a file.
+
+  Raises:
+    UserError: so; what else fails is left as it is.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    raise UserError(
+      f"cannot write {place} ({os.strerror(error.errno)}): make room, and "
+      "start the same command again"
+    ) from error
 
 
 def write_json(place: Path, value: Any) -> None:
@@ -136,9 +158,10 @@ class Staged:
 
 
 def check(place: Path) -> None:
-  """Refuses a bucket that is not there or may not be looked at.
+  """Refuses a place that cannot be written into, and changes nothing.
 
-  Orbax asks for the bucket itself, which takes a right that objects do not:
+  Of a bucket it is asked whether it is there and may be looked at: Orbax asks
+  for the bucket itself, which takes a right that objects do not:
   storage.buckets.get.
 
   Raises:
@@ -148,6 +171,20 @@ def check(place: Path) -> None:
     storage = importlib.import_module("google.cloud.storage")
     with reaching(place):
       storage.Client().get_bucket(place.parts[2])  # of "/", "gs", its name
+    return
+  whole = absolute(place)
+  # Where the folder, or what it is to be made in, already is.
+  there = next(at for at in (whole, *whole.parents) if os.path.exists(at))
+  if not there.is_dir():
+    refused_as = errno.ENOTDIR
+  elif os.access(there, os.W_OK | os.X_OK):
+    return
+  else:
+    is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    refused_as = errno.EROFS if is_read_only else errno.EACCES
+  raise UserError(
+    f"cannot write into {place} ({os.strerror(refused_as)}): use another folder"
+  )
 
 
 @contextlib.contextmanager

@@ -38,6 +38,12 @@ from kdjax import commands, errors
 LOST_SECONDS = 20  # after which a process on this machine counts as lost
 _GRACE = 15.0  # seconds to end in, when another has ended badly
 _LOOK = 0.05
+# Of another process: what Gloo says when all is well, and jax at SIGTERM; and
+# that it ends because of process 0, which has said why.
+_KNOWN = re.compile(
+  r"^\[Gloo\] |preemption_notifier|"
+  r"ends too, as process 0 did: see the log there"
+)
 
 
 def launch(
@@ -123,7 +129,8 @@ def _report(
   code = crew[failed].returncode
   if failed:
     outputs[failed - 1].seek(0)
-    for line in outputs[failed - 1].read().splitlines()[-50:]:
+    lines = outputs[failed - 1].read().splitlines()
+    for line in [x for x in lines if not _KNOWN.search(x)][-50:]:
       print(f"[{failed}] {line}", file=sys.stderr)
   if asked:
     return code if code >= 0 else 128 - code

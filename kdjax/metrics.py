@@ -1,14 +1,19 @@
 """Where numbers go: jsonl and TensorBoard."""
 
+import contextlib
 import json
 import math
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kdjax import files
 
 NAME = "metrics.jsonl"
+_SHOWN_AFTER = 60.0  # seconds in which TensorBoard sees an event
 
 
 class Writer:
@@ -20,40 +25,26 @@ class Writer:
   """
 
   def __init__(self, folder: Path, *, resume_step: int = 0):
-    # It loads PyTorch, where that is installed: seconds of every import.
-    from tensorboardX import SummaryWriter
-    from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
-
-    self._summary = Summary
     self._staged = files.Staged(folder)
     here = self._staged.here
-    files.write(here / NAME, _until(folder / NAME, resume_step))
-    self._jsonl = (here / NAME).open("a")
-    self._events = SummaryWriter(
-      str(here / "tensorboard"), purge_step=resume_step + 1
-    )
-    assert self._events.file_writer is not None
-    self._writer = self._events.file_writer
+    self._path = here / NAME
+    files.write(self._path, _until(folder / NAME, resume_step))
+    with files.room(here):
+      self._jsonl = self._path.open("a")
+      self._events = _Events(here / "tensorboard", resume_step)
     self.send()  # so that a bucket that refuses it does so now
 
   def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
     line = {"step": step, **{k: _finite(v) for k, v in metrics.items()}}
-    self._jsonl.write(json.dumps(line) + "\n")
-    self._jsonl.flush()
-    # One event for all: `add_scalar` makes one each, which takes longer than
-    # everything else that the host does in a step.
-    summary = self._summary(
-      value=[
-        self._summary.Value(tag=name, simple_value=value)
-        for name, value in metrics.items()
-        if math.isfinite(value)
-      ]
-    )
-    self._writer.add_summary(summary, step)
+    with files.room(self._path):
+      self._jsonl.write(json.dumps(line) + "\n")
+      self._jsonl.flush()
+      self._events.add(step, metrics)
 
   def send(self) -> None:
     """Brings all until now to the bucket, where the folder is one's."""
-    self._events.flush()
+    with files.room(self._path):
+      self._events.flush()
     self._staged.send()
 
   def __enter__(self) -> "Writer":
@@ -65,9 +56,62 @@ class Writer:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    self._jsonl.close()
-    self._events.close()
-    self._staged.close()
+    with contextlib.ExitStack() as stack:
+      # A disk that was full is full here too: what was told first is told.
+      stack.enter_context(
+        files.room(self._path)
+        if error is None
+        else contextlib.suppress(OSError)
+      )
+      stack.callback(self._staged.close)
+      stack.callback(self._events.close)
+      stack.callback(self._jsonl.close)
+
+
+class _Events:
+  """TensorBoard's file of one start, without a thread that would outlive it.
+
+  What an earlier start wrote after the step that this one resumes from is
+  hidden there.
+  """
+
+  def __init__(self, folder: Path, resume_step: int):
+    # They load PyTorch, where that is installed: seconds of every import.
+    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.record_writer import RecordWriter
+
+    self._protos: Any = (event_pb2, summary_pb2)  # made without types
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
+    self._file = RecordWriter(str(folder / name))
+    self._flushed = now
+    starts = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # pyright: ignore
+    self._write(file_version="brain.Event:2")
+    self._write(step=resume_step + 1, session_log=starts)
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """One event for all numbers of a step."""
+    summary = self._protos[1].Summary
+    values = [
+      summary.Value(tag=name, simple_value=value)
+      for name, value in metrics.items()
+      if math.isfinite(value)
+    ]
+    self._write(step=step, summary=summary(value=values))
+    if time.time() > self._flushed + _SHOWN_AFTER:
+      self.flush()
+
+  def _write(self, **of_event: Any) -> None:
+    event = self._protos[0].Event(wall_time=time.time(), **of_event)
+    self._file.write(event.SerializeToString())
+
+  def flush(self) -> None:
+    self._flushed = time.time()
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def last_step(path: Path) -> int:

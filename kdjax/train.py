@@ -24,9 +24,9 @@ see also `python -m kdjax.launch --help` and the folder launch/.
 
 Killed and started again, the same line goes on where it was; on SIGTERM it
 saves first. Exit codes: 0 done, 1 an error in the program, 2 a mistake that the
-message explains, 75 another process of the run was lost, 76 no step for
---config.hang_minutes, 130 Ctrl-C, 143 SIGTERM; 134 lost too, where jax itself
-noticed. After 75 and above, start again.
+message explains, 75 another process of the run was lost or did not come, 76 no
+step for --config.hang_minutes, 130 Ctrl-C, 143 SIGTERM; 134 lost too, where jax
+itself noticed. After 75 and above, start again.
 """
 
 import functools
@@ -56,7 +56,11 @@ from kdjax import (
 from kdjax.experiment import experiment, run
 from kdjax.loggers import Logger
 
-_CODES = {errors.UserError: 2, preemption.Preempted: 128 + signal.SIGTERM}
+_CODES = {
+  processes.AbsentError: 75,
+  errors.UserError: 2,
+  preemption.Preempted: 128 + signal.SIGTERM,
+}
 
 # Keys that change nothing of what a run has made so far: more seeds have
 # folders of their own, and a state may lie on other devices than it did.
@@ -221,7 +225,7 @@ def _make(folder: Path) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> errors.UserError:
   return errors.UserError(
-    f"cannot write into --workdir {folder} ({error.strerror}): use another"
+    f"cannot write into {folder} ({error.strerror}): use another folder"
   )
 
 

@@ -25,9 +25,18 @@ on() { # WORKER COMMAND
   tpu tpu-vm ssh "$NAME" --worker="$1" --command="$2"
 }
 
-state() { # NONE, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED
-  tpu queued-resources describe "$NAME" --format='value(state.state)' \
-    2>/dev/null || echo NONE
+# WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED, ...; NONE where
+# there is no such resource, UNKNOWN where gcloud could not say.
+state() {
+  if tpu queued-resources describe "$NAME" --format='value(state.state)' \
+    2> "$TEMP/said"; then
+    return
+  elif grep -q NOT_FOUND "$TEMP/said"; then
+    echo NONE
+  else
+    cat "$TEMP/said" >&2
+    echo UNKNOWN
+  fi
 }
 
 create() {
@@ -39,17 +48,18 @@ delete() {
   tpu queued-resources delete "$NAME" --force --quiet
 }
 
+# One command, so that the first step that fails ends it.
 install() {
-  local archive
-  archive=$(mktemp -d)/kdjax.tar.gz
-  git archive --format=tar.gz --output="$archive" HEAD
-  tpu tpu-vm scp "$archive" "$NAME:kdjax.tar.gz" --worker=all
-  # The image's Python is older than 3.11.
-  on all "set -e
+  git archive --format=tar.gz --output="$TEMP/kdjax.tar.gz" HEAD &&
+    tpu tpu-vm scp "$TEMP/kdjax.tar.gz" "$NAME:kdjax.tar.gz" --worker=all &&
+    # The image's Python is older than 3.11.
+    on all "set -e
+    flock --nonblock lock true || exit 0 # training is under way
     if [ -n '$DISK' ]; then
       sudo apt-get install -qq -y nfs-common
       sudo mkdir -p /runs
       mountpoint -q /runs || sudo mount -t nfs $DISK /runs
+      sudo chmod go+rwx /runs
     fi
     sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled'
     mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax
@@ -58,13 +68,14 @@ install() {
     ~/.local/bin/uv pip install --quiet --python venv/bin/python './kdjax[tpu,gcs]'"
 }
 
-# Detached, so that it outlives this connection; the lock makes a second start
-# do nothing.
+# Detached, so that it outlives this connection. Of a run that was lost, machines
+# may take --lost_seconds to end: the lock is waited for as long, and longer. A
+# second start of one that goes on waits in vain and does nothing.
 start() {
   local command
   command=$(printf '%q ' "${TRAIN[@]}")
   on all "cd kdjax && rm -f ../code && PATH=\$HOME/venv/bin:\$PATH \
-    nohup setsid flock --nonblock ../lock bash -c \
+    nohup setsid flock --wait 120 ../lock bash -c \
     '$command >> ../train.log 2>&1; echo \$? > ../code' > /dev/null 2>&1 &"
 }
 
@@ -72,6 +83,8 @@ if [[ ${1:-} == delete ]]; then
   delete
   exit
 fi
+TEMP=$(mktemp -d)
+trap 'rm -rf "$TEMP"' EXIT
 
 finished() {
   if [[ $WORKDIR == gs://* ]]; then
@@ -90,7 +103,7 @@ while true; do
       ;;
     SUSPENDED | FAILED)
       running=no
-      delete
+      delete || true # again in a minute
       ;;
     ACTIVE)
       if [[ $running == no ]]; then

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_what_a_bucket_refuses_is_one_line(bucket, monkeypatch):
     files.write(bucket / "a", b"")
   with pytest.raises(TypeError), files.reaching(bucket):
     raise TypeError("a mistake in the program is told as one")
+
+
+def test_a_folder_that_cannot_be_written_into(tmp_path, monkeypatch):
+  files.check(tmp_path / "new" / "run")
+  (tmp_path / "file").write_text("")
+  for place in ("file", "file/run"):
+    with pytest.raises(UserError, match=r"file.* \(Not a directory\): use an"):
+      files.check(tmp_path / place)
+  monkeypatch.setattr(os, "access", lambda place, how: place != tmp_path)
+  with pytest.raises(UserError, match=r"new \(Permission denied\): use an"):
+    files.check(tmp_path / "new")
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_name_of_a_run_in_a_bucket(bucket):

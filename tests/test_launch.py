@@ -91,6 +91,7 @@ def test_the_jobset():
   assert rule["onExitCodes"]["containerName"] == container["name"]
   (policy,) = spec["failurePolicy"]["rules"]
   assert policy["action"] == "FailJobSet"
+  assert policy["name"]  # required by its schema
   mounts = {mount["name"] for mount in container["volumeMounts"]}
   assert mounts == {volume["name"] for volume in pod["volumes"]}
   given = parse(container["args"])
@@ -152,6 +153,16 @@ def test_what_the_launcher_gives_its_processes():
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "2",
   }
+
+
+def test_the_launcher_leaves_out_what_is_known():
+  known = launch._KNOWN.search
+  assert known("[Gloo] Rank 1 is connected to 1 peer ranks.")
+  assert known("W1129 1 preemption_notifier.cc:90] SIGTERM caught at")
+  told = "kdjax: process 1 of 3 ends too, as process {} did: see the log there"
+  assert known(told.format(0))
+  assert not known(told.format(2))
+  assert not known("kdjax: process 1 of 2: cannot save step 6")
 
 
 def test_the_launcher_refuses_none(capsys):

@@ -1,9 +1,12 @@
 """Files that survive kills."""
 
 import json
+import resource
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
+from kdjax.errors import UserError
 from kdjax.files import write_json
 from kdjax.metrics import Writer, last_step
 
@@ -33,11 +36,40 @@ def test_a_file_that_is_not_there_has_no_last_step(tmp_path):
 
 
 def test_tensorboard_events_are_written(tmp_path):
-  with Writer(tmp_path) as write:
-    write(1, {"loss/total": 1.5})
-  events = list((tmp_path / "tensorboard").glob("events*"))
-  assert len(events) == 1
-  assert b"loss/total" in events[0].read_bytes()
+  with Writer(tmp_path, resume_step=6) as write:
+    write(7, {"loss/total": 1.5, "bad": float("nan")})
+  (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+  version, starts, of_step = records(path.read_bytes())
+  assert version.file_version == "brain.Event:2"
+  # TensorBoard hides what an earlier start wrote from this step on.
+  assert (starts.step, starts.session_log.status) == (7, 1)
+  (value,) = of_step.summary.value
+  assert of_step.step == 7
+  assert (value.tag, value.simple_value) == ("loss/total", 1.5)
+
+
+def records(content):
+  """The events of a file: length, its checksum, event, its checksum."""
+  found = []
+  while content:
+    size = int.from_bytes(content[:8], "little")
+    found.append(Event.FromString(content[12 : 12 + size]))
+    content = content[16 + size :]
+  return found
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_full_disk_is_one_line(tmp_path):
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  told = pytest.raises(UserError, match=r"metrics.jsonl \(File too large\)")
+  try:
+    with told, Writer(tmp_path) as write:  # closed while the disk is full
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+      for step in range(100):
+        write(step, {"loss": 1.0})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert 10 < last_step(tmp_path / "metrics.jsonl") < 99
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):

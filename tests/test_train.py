@@ -558,6 +558,18 @@ def test_no_arguments_show_the_help(capsys):
   assert "--config is missing" in capsys.readouterr().err
 
 
+def test_where_the_others_do_not_come_it_may_be_started_again(
+  tmp_path, data_dir, capsys
+):
+  place = ["--coordinator=localhost:1", "--processes=2", "--process=1"]
+  more = [*place, "--start_seconds=1"]
+  assert run("digits.py:smoke", tmp_path / "run", data_dir, *more) == 75
+  said = capsys.readouterr().err
+  assert "process 1 of 2 got no answer from process 0" in said
+  assert said.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+
+
 def test_another_store_is_refused_before_anything_is_made(
   tmp_path, monkeypatch, data_dir, capsys
 ):

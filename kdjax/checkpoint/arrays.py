@@ -5,11 +5,10 @@ held as its integers and the name of its generator. An array may be spread over
 the devices of several processes: each writes and reads its own part.
 """
 
-import asyncio
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from kdjax.checkpoint import loops
 from kdjax.checkpoint.sums import sums
 from kdjax.errors import UserError
 
@@ -126,7 +126,8 @@ def read(
   # Not by Orbax's Checkpointer: it waits for all processes after a read, and so
   # for ever where one of them failed.
   handler = ocp.PyTreeCheckpointHandler()
-  with _patient_loops(), contextlib.closing(handler):
+  loops.see_to_the_end()
+  with contextlib.closing(handler):
     arrays |= handler.restore(
       path,
       args=ocp.args.PyTreeRestore(
@@ -158,39 +159,6 @@ def place(value: Any, like: Any, record: Mapping[str, Any]) -> Any:
   if isinstance(value, np.ndarray) or sharding is None:
     return jax.device_put(value, sharding)
   return value
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-  def close(self) -> None:
-    if not self.is_closed():
-      self.run_until_complete(_settle(asyncio.all_tasks(self)))
-    super().close()
-
-
-async def _settle(tasks: Iterable[asyncio.Task[Any]]) -> None:
-  await asyncio.gather(*tasks, return_exceptions=True)
-  # Those that had failed before are heard of in the loop's next round.
-  await asyncio.sleep(0)
-
-
-class _PatientLoops(asyncio.DefaultEventLoopPolicy):
-  def new_event_loop(self) -> asyncio.AbstractEventLoop:
-    return _PatientLoop()
-
-
-@contextlib.contextmanager
-def _patient_loops() -> Iterator[None]:
-  """Event loops that see every task to its end before they close.
-
-  Orbax reads all arrays at once and closes its loop when one fails; each of the
-  others would then print a traceback.
-  """
-  policy = asyncio.get_event_loop_policy()
-  asyncio.set_event_loop_policy(_PatientLoops())
-  try:
-    yield
-  finally:
-    asyncio.set_event_loop_policy(policy)
 
 
 def _owned(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from jax._src import distributed  # JAX has no public way to its key-value store
 from kdjax import files
 from kdjax.errors import UserError, in_line
 
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _FORBIDDEN = {
   errno.EROFS,
   errno.EACCES,
@@ -53,13 +52,13 @@ def trouble(
   number = _number(error)
   if number in _FORBIDDEN:
     return UserError(
-      f"cannot write into {directory} ({os.strerror(number)}): give a folder "
-      "that can be written into"
+      f"cannot write into {directory} ({os.strerror(number)}): use another "
+      "folder"
     )
   remedy = "make room"
   if isinstance(error, SaveFailed):
     why, remedy = str(error), "see there"
-  elif number in _FULL:
+  elif number in files.FULL:
     why = os.strerror(number)
   elif why := _said_by_store(error, directory):
     remedy = "mend that"
@@ -141,7 +140,8 @@ def _said_by_store(error: BaseException, directory: epath.Path) -> str:
   of_store = files.refused(error) or "[http_response_" in text
   if not (files.in_bucket(directory) and of_store):
     return ""
-  return text.partition(" [http_response_")[0][:300]
+  # After what the store said comes what TensorStore knows of the call.
+  return re.split(r"\.? \[\w+='", text)[0][:400]
 
 
 def _free(directory: epath.Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import orbax.checkpoint as ocp
 
 from kdjax import processes
-from kdjax.checkpoint import arrays, disk, newest
+from kdjax.checkpoint import arrays, disk, loops, newest
 from kdjax.checkpoint.newest import Note, Position, Restored
 from kdjax.errors import UserError, unknown
 from kdjax.types import TrainState
@@ -170,6 +170,7 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
       logging.getLogger("absl").addFilter(_not_of_orbax)
+      loops.see_to_the_end()
       with self._told():
         self._manager = _Manager(
           self._directory,

@@ -13,5 +13,6 @@ from kdjax.processes.crew import run as run
 from kdjax.processes.crew import wait_for_all as wait_for_all
 from kdjax.processes.gather import gather as gather
 from kdjax.processes.gather import of_first as of_first
+from kdjax.processes.meeting import AbsentError as AbsentError
 from kdjax.processes.place import Place as Place
 from kdjax.processes.place import find as find

@@ -5,9 +5,11 @@ What ends a process that is not alone, and what becomes of the others:
 - an exception, Ctrl-C: `run` tells the others through jax's key-value store,
   and they end within some seconds with the same exit code.
 - a process that is killed: on CPU the others' next collective fails at once and
-  `run` knows the error. A GPU or a TPU may wait for ever instead: there
-  jax's heartbeats end all processes (exit code 134, SIGABRT) at most
-  `lost_seconds` after the last sign of life. At half of it process 0 says so.
+  `run` knows the error. A GPU or a TPU may wait for ever instead: there process
+  0 finds the connection to it closed, and ends all within some seconds.
+- a machine that goes away, or a process that stands still: jax's heartbeats end
+  all processes (exit code 134, SIGABRT) at most `lost_seconds` after the last
+  sign of life. At half of it process 0 says so.
 - process 0 killed: it held jax's service, whose loss ends the others at once.
 """
 
@@ -19,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +42,7 @@ class _Crew:
 
   place: Place
   lost_seconds: float
+  links: meeting.Links
   ending: bool = False
 
 
@@ -66,13 +69,13 @@ def initialize(
       and all end.
 
   Raises:
-    UserError: on every process alike, if one is missing, does not belong here,
-      or differs in its facts or devices.
+    UserError: on every process alike, if one does not belong here, or differs
+      in its facts or devices; an AbsentError if one is missing.
   """
   global _crew
   if place is None or place.count == 1 or _crew is not None:
     return
-  meeting.meet(place, facts, start_seconds)
+  links = meeting.meet(place, facts, start_seconds)
   local = meeting.is_local(place.address)
   jax.distributed.initialize(
     place.address,
@@ -85,7 +88,7 @@ def initialize(
     # Nobody else on the network is to speak to a run on one machine.
     coordinator_bind_address=place.address if local else None,
   )
-  _crew = _Crew(place, lost_seconds)
+  _crew = _Crew(place, lost_seconds, links)
   threading.Thread(target=_watch, args=(_crew,), daemon=True).start()
   _check_devices(place)
 
@@ -115,7 +118,7 @@ def run(body: Callable[[], int], codes: Mapping[type[Exception], int]) -> int:
   Args:
     body: all that the process does, `initialize` included.
     codes: exceptions whose text tells the user enough, and the exit code of
-      each.
+      each; the first that fits counts.
 
   Returns:
     What `body` returns, or the code of its exception; 130 after Ctrl-C, 75
@@ -127,7 +130,10 @@ def run(body: Callable[[], int], codes: Mapping[type[Exception], int]) -> int:
     Exception: any other, of a process that is alone.
   """
   try:
-    return body()
+    code = body()
+    if _crew is not None:  # the others may now end too
+      _crew.ending = True
+    return code
   except KeyboardInterrupt:
     return _leave(130, "kdjax: stopped; the same command goes on from here")
   except Exception as error:
@@ -194,6 +200,14 @@ def _lost(crew: _Crew, error: BaseException) -> int:
   )
 
 
+def _gone(place: Place, gone: Sequence[int]) -> str:
+  is_it = "is" if len(gone) == 1 else "are"
+  return (
+    f"{_head(place)} {_LOST}: {numbers(gone)} {is_it} gone without a word; the "
+    "same command goes on from the last checkpoint"
+  )
+
+
 def _follow(place: Place, ended: dict[int, dict[str, Any]]) -> None:
   """Ends because others did."""
   first = min(ended)
@@ -210,7 +224,11 @@ def _exit(place: Place, code: int) -> None:
   if place.index == 0:
     # jax aborts, with a stack trace, those whose service is gone.
     until = time.monotonic() + 2 * _GRACE
-    while len(signs.ended()) < place.count and time.monotonic() < until:
+    others = _crew.links if _crew is not None else {}
+    while time.monotonic() < until:
+      gone = {n for n, link in others.items() if meeting.is_gone(link)}
+      if len(gone | set(signs.ended())) >= place.count:
+        break
       time.sleep(0.1)
     time.sleep(0.2)
   os._exit(code)
@@ -245,7 +263,7 @@ def _watch(crew: _Crew) -> None:
   """Gives signs of life, and ends this process after others have ended."""
   place = crew.place
   ear = signs.Ear(place.count, crew.lost_seconds)
-  ended_since = None
+  ended_since = gone_since = None
   beat, next_beat = 0, 0.0
   while True:
     now = time.monotonic()
@@ -255,6 +273,12 @@ def _watch(crew: _Crew) -> None:
     late = ended_since is not None and now - ended_since >= _GRACE
     if late and not crew.ending:
       _follow(place, ended)
+    gone = [n for n, link in crew.links.items() if meeting.is_gone(link)]
+    # That of process 0 is jax's to tell of: its service was there.
+    gone_since = (gone_since or now) if place.index == 0 and gone else None
+    late = gone_since is not None and now - gone_since >= _GRACE
+    if late and not crew.ending and not ended:
+      _leave(75, _gone(place, gone))
     if now >= next_beat:
       beat, next_beat = beat + 1, now + crew.lost_seconds / 10
       signs.live(place.index, beat)

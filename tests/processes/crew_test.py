@@ -100,6 +100,20 @@ def test_a_killed_process_ends_the_other_with_one_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_process_ends_others_that_would_wait_for_ever(tmp_path):
+  with Run("wait", 3, tmp_path) as run:
+    run.reach(3)
+    run.processes[2].kill()
+    (code, said), (other_code, other_said), _ = run.end(seconds=25)
+  assert (code, other_code) == (75, 75)
+  (line,) = said.splitlines()
+  assert "process 0 of 3 lost another process" in line
+  assert "process 2 is gone without a word; the same command goes" in line
+  (line,) = other_said.splitlines()
+  assert "process 1 of 3 ends too, as process 0 did" in line
+
+
+@pytest.mark.slow
 def test_what_one_finds_ends_all_and_is_told_by_it(tmp_path):
   with Run("own", 2, tmp_path) as run:
     (code, said), (other_code, other_said) = run.end()

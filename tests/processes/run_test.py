@@ -188,11 +188,22 @@ def test_two_processes_with_different_configs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("")
+  launcher = launched(train(tmp_path / "file" / "run"), 2)
+  _, said = launcher.communicate(timeout=180)
+  assert launcher.returncode == 2
+  (line,) = said.splitlines()
+  assert "file/run (Not a directory): use another folder" in line
+
+
+@pytest.mark.slow
 def test_a_folder_in_the_way_is_told_once_and_left_alone(tmp_path):
   (tmp_path / "thesis.tex").write_text("mine")
   data = f"--config.data.data_dir={tmp_path.parent / 'data'}"
   launcher = launched(train(tmp_path, data), 2)
   _, said = launcher.communicate(timeout=180)
   assert launcher.returncode == 2
-  assert said.count("is not empty and has no config.json") == 1
+  (line,) = said.splitlines()
+  assert "is not empty and has no config.json" in line
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

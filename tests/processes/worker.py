@@ -73,6 +73,15 @@ def loop(given):
   return 0
 
 
+def wait(given):
+  """As where a GPU waits for another's: no collective fails."""
+  index = jax.process_index()
+  for step in range(1_000_000):
+    (given.out / f"step_{index}").write_text(str(step))
+    time.sleep(0.01)
+  return 0
+
+
 def all_refuse(given):
   raise UserError("all find the same mistake")
 
@@ -147,6 +156,7 @@ def curve(given):
 TASKS = {
   "meet": meet,
   "loop": loop,
+  "wait": wait,
   "own": loop,
   "all": all_refuse,
   "curve": curve,
