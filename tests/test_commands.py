@@ -307,7 +307,7 @@ MISTAKES = [
   ),
   ("export", ["--workdir=x", "--output=y", "z"], "got z: see --help"),
   ("report", ["--theme=dark", "x"], "flag 'theme': see --help\n"),
-  ("train", [DIGITS, "--workdir=/proc/x"], "cannot write into --workdir /proc"),
+  ("train", [DIGITS, "--workdir=/proc/x"], "cannot write into /proc"),
 ]
 
 
