@@ -196,6 +196,7 @@ def stuck(where, folder, minutes):
   return done.stderr
 
 
+@pytest.mark.slow
 def test_a_stuck_process_says_where_and_ends(tmp_path):
   said = stuck("input", tmp_path / "run", 0.03)
   assert said.count("the host is here") == 1

@@ -208,6 +208,7 @@ def test_a_config_names_the_losses(batch):
       config.goal(settings | dict(soft=settings["soft"] | wrong))
 
 
+@pytest.mark.slow
 def test_the_loop_compares_nothing_class_by_class(batch):
   mesh = parallel.make_mesh(1)
   done = distill(

@@ -121,6 +121,7 @@ def taps(model, variables, *names):
   return [np.float64(output.taps[name]) for name in names]
 
 
+@pytest.mark.slow
 def test_terms_are_those_of_the_tokens_that_count():
   start, seen = trained(1, 8)
   key = jax.random.split(jax.random.key(0), 3)[0]

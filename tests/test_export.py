@@ -222,6 +222,7 @@ def test_serving_json_says_what_the_program_takes(run, tmp_path, unmeasured):
   np.testing.assert_allclose(called(output), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_students_inherited_classifier_is_deployed(
   run, tmp_path, unmeasured, capsys
 ):

@@ -271,6 +271,7 @@ def one_step(linear, **options):
   return state.params, metrics
 
 
+@pytest.mark.slow
 def test_step_agrees_with_that_of_the_whole_logits():
   layout = fused.Layout(chunk=3, mesh=mesh())
   got = one_step(linear=True, microbatches=2, layout=layout)

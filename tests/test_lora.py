@@ -180,6 +180,7 @@ def run(folder, steps, stored, adapters, **more):
   )
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_without_adapters(tmp_path):
   """The adapters alone are trained, saved and resumed, all else stays."""
   stored = golden("llama")

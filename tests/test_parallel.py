@@ -323,7 +323,9 @@ def result_of_one(make):
   return two_steps(*on(make, ONE))
 
 
-@pytest.mark.parametrize("make", [language, images, patches])
+@pytest.mark.parametrize(
+  "make", [language, images, pytest.param(patches, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   "axes", [pytest.param(FSDP, marks=pytest.mark.slow), (2, 2, 2)]
 )

@@ -204,6 +204,7 @@ def test_an_export_is_the_checkpoint_in_the_hubs_form(
   assert made.size == 1024
 
 
+@pytest.mark.slow
 def test_two_checkpoints_with_differently_padded_embeddings(
   checkpoints, jsonl, tmp_path, data_dir
 ):

@@ -73,6 +73,7 @@ digits.builder(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_preparing_does_not_stop_the_next(tmp_path):
   killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False)
   assert killed.returncode == -signal.SIGKILL
