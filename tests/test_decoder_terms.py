@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 
 from kdjax import adapters, config, parallel
 from kdjax.models.decoder import decoder
