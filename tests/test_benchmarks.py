@@ -162,6 +162,7 @@ def test_method_cost_has_every_loss_and_term(script):
   }
 
 
+@pytest.mark.slow
 def test_the_kdjax_side_of_the_torch_step_runs(script):
   step = script("torch_step").make_step("kdjax_split", "tiny", 8, "float32")
   step()

@@ -141,6 +141,7 @@ def test_terms_are_those_of_the_tokens_that_count():
   np.testing.assert_allclose(seen[0]["loss/attention"], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_term_is_learned_from():
   _, seen = trained(1, 8)
   for name in ("hint/block_2", "relation/block_1", "attention", "similar"):

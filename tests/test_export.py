@@ -276,6 +276,7 @@ def test_a_students_inherited_classifier_is_deployed(
   assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_family_with_a_layout_is_written_in_it(run, tmp_path, unmeasured):
   arguments = {"depth": 18, "width": 4}
 

@@ -276,6 +276,7 @@ def test_a_config_on_eight_devices(tmp_path, capsys, monkeypatch):
   assert got["seconds"] is None
 
 
+@pytest.mark.slow
 def test_a_program_that_the_compiler_cannot_print(capsys, monkeypatch):
   def refuses(_):
     raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nwith more")

@@ -167,9 +167,8 @@ def test_a_report_reads_what_a_run_writes(finished):
     )
 
 
-@pytest.mark.parametrize(
-  "config", ["cifar100", pytest.param("imagenet", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cifar100", "imagenet"])
 def test_a_teacher_is_trained_alone(config, tmp_path, data_dir, capsys):
   assert run(f"{config}/teacher.py:smoke", tmp_path, data_dir) == 0
   assert "student" not in capsys.readouterr().out

@@ -419,6 +419,7 @@ def test_an_array_that_the_devices_do_not_divide_stays_whole():
   assert all(s.is_fully_replicated for s in jax.tree.leaves(got.params))
 
 
+@pytest.mark.slow
 def test_a_bank_is_saved_and_goes_on_where_it_was(tmp_path):
   class Killed(BaseException):
     pass

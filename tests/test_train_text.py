@@ -247,12 +247,10 @@ def test_different_tokenizers_are_refused_with_the_alternatives(
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("soft", "temperature"),
-  [
-    pytest.param("universal_logits", 1.0, marks=pytest.mark.slow),
-    ("likelihood_matching", 100.0),
-  ],
+  [("universal_logits", 1.0), ("likelihood_matching", 100.0)],
 )
 def test_different_tokenizers_by_the_named_losses(
   soft, temperature, checkpoints, jsonl, tmp_path, data_dir
@@ -378,6 +376,7 @@ def test_an_empty_document_is_refused_by_line(
   assert "line 5: the document is empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_merged_at_export(
   checkpoints, jsonl, tmp_path, data_dir
 ):
@@ -412,9 +411,8 @@ def test_adapters_are_trained_and_merged_at_export(
   assert results["student_distilled"]["parameters"] == size
 
 
-@pytest.mark.parametrize(
-  "importance", ["weights", pytest.param("activations", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("importance", ["weights", "activations"])
 def test_a_student_begins_as_a_part_of_its_teacher(
   importance, checkpoints, jsonl, tmp_path, data_dir
 ):
