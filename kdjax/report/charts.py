@@ -16,6 +16,7 @@ from kdjax.report.style import (
   MARKERS,
   Picture,
   Theme,
+  headed,
   logarithmic,
   picture,
 )
@@ -176,32 +177,13 @@ def reliability(lines: Sequence[tuple[str, int, Bins]]) -> Picture:
       below.stairs(share, edges, color=colour, linestyle=dashes, linewidth=1.4)
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1.03)
-    _headed(top, "Calibration", columns=2)
+    headed(top, "Calibration", columns=2)
     below.set_xlim(0, 1)
     below.set_ylabel("share")
     below.set_xlabel("confidence")
 
   says = "Calibration: accuracy where the confidence is so high, in 15 bins"
   return picture("calibration", says, draw, height=4.4)
-
-
-def _headed(axes: Any, title: str, *, columns: int) -> None:
-  """The title, and below it the legend, above what is drawn."""
-  handles, labels = axes.get_legend_handles_labels()
-  # Long names, as of runs, take a line each.
-  columns = max(1, min(columns, 62 // max(map(len, labels))))
-  rows = -(-len(handles) // columns)
-  axes.set_title(title, pad=10 + 15 * rows)
-  axes.legend(
-    handles,
-    labels,
-    loc="lower left",
-    bbox_to_anchor=(0, 1),
-    ncols=columns,
-    borderpad=0.2,
-    handlelength=1.6,
-    columnspacing=1.0,
-  )
 
 
 def matrix(
@@ -284,7 +266,7 @@ def dumbbells(
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlabel(label)
-    _headed(axes, title, columns=3)
+    headed(axes, title, columns=3)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
 
@@ -325,7 +307,7 @@ def times(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Picture:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    _headed(axes, "Where the time went", columns=3)
+    headed(axes, "Where the time went", columns=3)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
 

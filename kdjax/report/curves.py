@@ -13,6 +13,7 @@ from kdjax.report.style import (
   MARKERS,
   Picture,
   Theme,
+  headed,
   logarithmic,
   picture,
 )
@@ -195,12 +196,11 @@ def _of_one(name: str, shown: Sequence[Series]) -> Picture:
   def draw(figure: Figure, theme: Theme) -> None:
     axes = figure.subplots()
     plot(axes, theme, [(s, name) for s in shown])
-    axes.set_title(name)
+    headed(axes, name, columns=4)
     axes.set_xlabel("step")
-    legend(axes)
 
   file = name.replace("/", "_")
-  return picture(file, f"{name} over the steps", draw, height=2.9)
+  return picture(file, f"{name} over the steps", draw, height=3.2)
 
 
 def _stacked(
@@ -218,18 +218,17 @@ def _stacked(
       len(ratios), sharex=True, squeeze=False, height_ratios=ratios
     )[:, 0]
     plot(axes[0], theme, lines)
-    axes[0].set_title(says)
-    legend(axes[0])
+    headed(axes[0], says, columns=4)
     for (title, below), ax in zip(strips, axes[1:]):
       plot(ax, theme, below, logs=False)
       ax.set_ylabel(_short(title))
       ax.yaxis.set_major_locator(MaxNLocator(2))
       if len({n for _, n in below}) > 1:
-        legend(ax, small=True)
+        _legend(ax)
     axes[-1].set_xlabel("step")
     figure.align_ylabels(axes)
 
-  return picture(file, says, draw, height=2.9 + 0.85 * len(strips))
+  return picture(file, says, draw, height=3.1 + 0.85 * len(strips))
 
 
 def _short(name: str) -> str:
@@ -286,10 +285,7 @@ def plot(
     axes.set_ylim(low - room, high + room)
 
 
-def legend(axes: Any, *, small: bool = False) -> None:
-  handles, _ = axes.get_legend_handles_labels()
-  if not handles:
-    return
-  size = 7.5 if small else 9
-  where = "center right" if small else "best"
-  axes.legend(fontsize=size, loc=where, handlelength=2.6, labelspacing=0.3)
+def _legend(axes: Any) -> None:
+  axes.legend(
+    fontsize=7.5, loc="center right", handlelength=2.6, labelspacing=0.3
+  )

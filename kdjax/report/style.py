@@ -172,3 +172,25 @@ def _settings(theme: Theme) -> Any:
     "hatch.color": theme.ground,
     "errorbar.capsize": 3,
   }
+
+
+def headed(axes: Any, title: str, *, columns: int) -> None:
+  """The title, and below it the legend, above what is drawn."""
+  handles, labels = axes.get_legend_handles_labels()
+  if not handles:
+    axes.set_title(title)
+    return
+  # Long names, as of runs, take a line each.
+  columns = max(1, min(columns, 62 // max(map(len, labels))))
+  rows = -(-len(handles) // columns)
+  axes.set_title(title, pad=10 + 15 * rows)
+  axes.legend(
+    handles,
+    labels,
+    loc="lower left",
+    bbox_to_anchor=(0, 1),
+    ncols=columns,
+    borderpad=0.2,
+    handlelength=1.6,
+    columnspacing=1.0,
+  )
