@@ -182,8 +182,13 @@ def check(place: Path) -> None:
   else:
     is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
     refused_as = errno.EROFS if is_read_only else errno.EACCES
-  raise UserError(
-    f"cannot write into {place} ({os.strerror(refused_as)}): use another folder"
+  raise cannot_write(place, refused_as)
+
+
+def cannot_write(place: str | os.PathLike[str], number: int) -> UserError:
+  """What is said of a folder that refuses; the number is the system's."""
+  return UserError(
+    f"cannot write into {place} ({os.strerror(number)}): use another folder"
   )
 
 

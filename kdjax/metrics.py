@@ -80,7 +80,9 @@ class _Events:
     from tensorboardX.proto import event_pb2, summary_pb2
     from tensorboardX.record_writer import RecordWriter
 
-    self._protos: Any = (event_pb2, summary_pb2)  # made without types
+    # Made without types.
+    self._event: Any = event_pb2.Event  # pyright: ignore
+    self._summary: Any = summary_pb2.Summary  # pyright: ignore
     folder.mkdir(parents=True, exist_ok=True)
     now = time.time()
     name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}"
@@ -92,18 +94,17 @@ class _Events:
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
     """One event for all numbers of a step."""
-    summary = self._protos[1].Summary
     values = [
-      summary.Value(tag=name, simple_value=value)
+      self._summary.Value(tag=name, simple_value=value)
       for name, value in metrics.items()
       if math.isfinite(value)
     ]
-    self._write(step=step, summary=summary(value=values))
+    self._write(step=step, summary=self._summary(value=values))
     if time.time() > self._flushed + _SHOWN_AFTER:
       self.flush()
 
   def _write(self, **of_event: Any) -> None:
-    event = self._protos[0].Event(wall_time=time.time(), **of_event)
+    event = self._event(wall_time=time.time(), **of_event)
     self._file.write(event.SerializeToString())
 
   def flush(self) -> None:

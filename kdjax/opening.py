@@ -122,9 +122,16 @@ def begin(
   )
   problem = student, teacher, goal, optimizer
   views: dict[str, Any] = dict(teacher_of=teacher_of, student_of=student_of)
-  laid: dict[str, Any] = dict(mesh=mesh, rules=partition)
-  given: dict[str, Any] = dict(frozen=frozen, variables=variables)
-  state, split = create_state(*problem, seed, batch, **laid, **given, **views)
+  state, split = create_state(
+    *problem,
+    seed,
+    batch,
+    mesh=mesh,
+    rules=partition,
+    frozen=frozen,
+    variables=variables,
+    **views,
+  )
   # A teacher that is in the state is looked at as it begins.
   theirs = () if teacher is None else teacher_of(state, frozen)
   params = jax.eval_shape(student_of, state.params, frozen)
@@ -149,8 +156,10 @@ def begin(
     microbatches=of_step["microbatches"],
     layout=of_step["layout"],
   )
-  networks = student, teacher, goal
-  return Phase(*networks, mesh, frozen, like, theirs, params, step, head), state
+  phase = Phase(
+    student, teacher, goal, mesh, frozen, like, theirs, params, step, head
+  )
+  return phase, state
 
 
 def lies(state: TrainState, frozen: PyTree, *, table: bool) -> str:

@@ -127,7 +127,7 @@ def _claim(workdir: Path, config: Any) -> bool:
       _write_config(workdir, config)
       return new
   except OSError as error:
-    raise _cannot_write(workdir, error) from error
+    raise files.cannot_write(workdir, error.errno or 0) from error
 
 
 def _unclaim(workdir: Path) -> None:
@@ -220,13 +220,7 @@ def _make(folder: Path) -> None:
     with files.reaching(folder):
       folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(folder: Path, error: OSError) -> errors.UserError:
-  return errors.UserError(
-    f"cannot write into {folder} ({error.strerror}): use another folder"
-  )
+    raise files.cannot_write(folder, error.errno or 0) from error
 
 
 def _facts(config: Any, workdir: str) -> dict[str, dict[str, Any]]:

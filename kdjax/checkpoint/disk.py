@@ -51,10 +51,7 @@ def trouble(
     error = error.__context__  # this process's own, which the others' hides
   number = _number(error)
   if number in _FORBIDDEN:
-    return UserError(
-      f"cannot write into {directory} ({os.strerror(number)}): use another "
-      "folder"
-    )
+    return files.cannot_write(directory, number)
   remedy = "make room"
   if isinstance(error, SaveFailed):
     why, remedy = str(error), "see there"
